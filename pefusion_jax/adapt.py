@@ -1,0 +1,518 @@
+"""Adapters in Linen models: ``adapt(model, methods) -> Adapted``.
+
+This is the only file that knows how adapters get into a model. A Linen method interceptor sees every layer call; where a
+rule matches the layer's path, the interceptor adds the method's branch to the layer's output. The model is not edited and
+does not have to be ours.
+
+    base parameters                      adapters (a tree of their own)
+    encoder/layer/0/query/kernel         encoder/layer/0/query/lora_a
+    encoder/layer/0/query/bias           encoder/layer/0/query/lora_b
+
+Adapter leaves are created in the ``params`` collection *while the model is traced* and split off again before anybody sees
+them. So ``nn.scan(variable_axes={"params": 0})`` slices them and ``nn.remat`` passes them like any parameter of the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pefusion_jax import trees
+from pefusion_jax.deltas import Delta, fold
+
+Leaves = dict[str, jax.Array]
+_CLONE = "pefusion_layer_with_another_kernel"
+
+
+class Layer(NamedTuple):
+    """A linear layer as a method sees it, free of Linen.
+
+    Attributes:
+      path: slash path of the module; under a scan the path inside the scanned body, one for all layers.
+      kernel: name of the weight parameter, ``kernel`` or ``embedding``.
+      inputs: axes of the weight that are contracted with the input, as their sizes.
+      outputs: axes of the weight that appear in the output, as their sizes.
+      a_shape: ``rank -> `` shape of the factor that reads the input, ``[*batch, *inputs, rank]``.
+      b_shape: ``rank -> `` shape of the factor that writes the output, ``[*batch, rank, *outputs]``.
+      fan_in: number of inputs of one output, for initialisers; 1 for an embedding, whose input is one-hot.
+      pair: ``(x, a, b) -> x A B`` with the layer's own contraction, never multiplying ``A B`` out.
+    """
+
+    path: str
+    kernel: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    a_shape: Callable[[int], tuple[int, ...]]
+    b_shape: Callable[[int], tuple[int, ...]]
+    fan_in: int
+    pair: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Method(Protocol):
+    """What ``adapt`` asks of an adapter method; see ``pefusion_jax.methods`` for those that exist.
+
+    ``acts_on == "layers"``: rules address modules, and ``branch`` computes what is added to the layer's output.
+    ``acts_on == "parameters"``: rules address parameters, and the change of each is added before the model runs.
+    """
+
+    targets: str
+    acts_on: str
+
+    def leaves(self, site: Any) -> dict[str, tuple[Callable[..., jax.Array], tuple[int, ...]]]:
+        """Leaf name -> (initialiser ``(key, shape, dtype) -> array``, shape), for a layer or a parameter."""
+        ...
+
+    def branch(self, layer: Layer, leaves: Leaves, x: Any, y: jax.Array, key: jax.Array | None) -> jax.Array:
+        """What is added to the layer's output ``y`` at input ``x``; ``key`` is ``None`` where nothing is random."""
+        ...
+
+    def change(self, path: str, leaves: Leaves, weights: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """Parameter name -> its weight-space change, or a ValueError that says why there is none."""
+        ...
+
+    def trained(self, leaves: Leaves) -> tuple[str, ...]:
+        """Names of the leaves that are trained."""
+        ...
+
+    def moving(self, leaves: Leaves) -> tuple[str, ...]:
+        """Names of the trained leaves whose derivative does not vanish identically at ``leaves``."""
+        ...
+
+
+class Adapted(NamedTuple):
+    """A tunable model: pure functions over base parameters and a tree of adapters. Hashable, by identity.
+
+    ``params`` is the model's parameter dictionary, or a dictionary of Linen collections that has a ``params`` entry. It is
+    never copied or edited. ``rngs`` in ``apply`` may hold ``{"dropout": key}``; without it nothing is random.
+
+    Attributes:
+      init: ``(key, params, *inputs, **kwargs) -> adapters``, float32 leaves.
+      apply: ``(params, adapters, *inputs, rngs=None, **kwargs) -> outputs``.
+      base: ``(params, *inputs, **kwargs) -> outputs`` of the model alone.
+      deltas: ``(params, adapters) -> Delta``: the weight-space change that the adapters amount to.
+      apply_deltas: ``(params, delta, *inputs, **kwargs) -> outputs`` of the same kind of model (plain or linearized) with a
+        weight-space change in place of adapters.
+      trainable: ``adapters -> `` nested dictionary of the leaves that are trained.
+      moving: ``adapters -> `` nested dictionary of the trained leaves whose derivative at ``adapters`` is not identically 0.
+      pushforward: for models that are affine in a displacement: ``(params, stacked, *inputs, **kwargs) -> (f0, J tau_t)``,
+        the second with a leading axis over the stacked displacements. ``None`` for all others.
+      expand: builds a forward pass that treats each adapted site in another way; ``linearize`` uses it.
+      folds: whether ``apply(params, a)`` equals ``base(fold(params, deltas(params, a)))``.
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+    base: Callable[..., Any]
+    deltas: Callable[..., Delta]
+    apply_deltas: Callable[..., Any]
+    trainable: Callable[[Any], Any]
+    moving: Callable[[Any], Any]
+    pushforward: Callable[..., Any] | None
+    expand: Callable[..., Any]
+    folds: bool
+
+
+def adapt(model: nn.Module, methods: Any) -> Adapted:
+    r"""Inserts adapter methods into a Linen model by rule.
+
+    Args:
+      model: any Linen module: with Python loops, ``nn.remat``, ``nn.scan`` or shared submodules. Layers that can be adapted
+        are ``nn.Dense``, ``nn.DenseGeneral``, ``nn.Einsum``, ``nn.Conv`` and ``nn.Embed`` and their subclasses.
+      methods: one method or a sequence. Each has ``targets``, a regular expression that must match the *whole* slash path
+        (``re.fullmatch``) of a layer, or of a parameter for methods that act on parameters. For layers the first method
+        that matches wins, and so for parameters.
+
+    Returns:
+      An :class:`Adapted`. Its functions raise ValueError when a rule matches nothing, naming the nearest paths.
+
+    Example::
+
+      lora = adapt(model, LoRA(rank=8, targets=r".*/(query|value)"))
+      adapters = lora.init(jax.random.key(0), params, input_ids)
+      outputs = lora.apply(params, adapters, input_ids)
+
+    Reference: E. Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, for the first of the methods; the
+    insertion by interception is ours.
+    """
+    rules: tuple[Method, ...] = tuple(methods) if isinstance(methods, Sequence) else (methods,)
+    if not rules:
+        raise ValueError("adapt(model, methods) got no method; pass one, for example pf.LoRA(rank=8, targets=r'.*/query')")
+    for rule in rules:
+        try:
+            re.compile(rule.targets)
+        except re.error as error:
+            raise ValueError(f"targets={rule.targets!r} is not a regular expression: {error}") from error
+    on_layers = tuple(rule for rule in rules if rule.acts_on == "layers")
+    on_parameters = tuple(rule for rule in rules if rule.acts_on == "parameters")
+
+    def init(key: jax.Array, params: Any, *inputs: Any, **kwargs: Any) -> dict[str, Any]:
+        tree = _init_layers(model, on_layers, key, params, inputs, kwargs) if on_layers else {}
+        parameters = trees.flat(_collections(params)["params"])
+        for rule in on_parameters:
+            matched = [path for path in parameters if _first(on_parameters, path) is rule]
+            if not matched:
+                raise ValueError(_unmatched(rule, parameters, "parameter"))
+        for path, weight in parameters.items():
+            rule = _first(on_parameters, path)
+            if rule is not None:
+                site = path.rpartition("/")[0]
+                leaves = {
+                    _join(site, name): make(jax.random.fold_in(key, i), shape, jnp.float32)
+                    for i, (name, (make, shape)) in enumerate(rule.leaves((path, weight)).items())
+                }
+                tree = trees.merge(tree, trees.nest(leaves))
+        return tree
+
+    def base(params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        return model.apply(_collections(params), *inputs, **kwargs)
+
+    def expand(branch: Callable[..., Any], change: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(params: Any, parts: Sequence[Any], *inputs: Any, rngs: Any = None, **kwargs: Any) -> Any:
+            variables = _collections(params)
+            _check_paths(parts, variables["params"])
+            edited = {"params": variables["params"]}
+            for rule, site, leaves, weights in _sites(on_parameters, parts, variables["params"], parameters=True):
+                named = change(rule, site, leaves, weights)
+                # Not fold(): that accepts collections too, and the tree of a model may have a module named "params".
+                edited = fold(edited, Delta({_join(site, name): value for name, value in named.items()}))
+            weights = trees.flat(edited["params"])
+            for part, suffix in zip(parts, _suffixes(len(parts)), strict=True):
+                for path, leaf in trees.flat(part).items():
+                    if _owner(on_layers, path) is not None:
+                        weights[path + suffix] = leaf
+            merged = {**variables, "params": trees.nest(weights)}
+            with nn.intercept_methods(_interceptor(on_layers, branch, len(parts), stochastic=rngs is not None)):
+                return model.apply(merged, *inputs, **({} if rngs is None else {"rngs": rngs}), **kwargs)
+
+        return forward
+
+    plain = expand(
+        lambda rule, layer, leaves, x, y, key: rule.branch(layer, leaves[0], x, y, key),
+        lambda rule, site, leaves, weights: rule.change(site, leaves[0], weights),
+    )
+
+    def apply(params: Any, adapters: Any, *inputs: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        return plain(params, (adapters,), *inputs, rngs=rngs, **kwargs)
+
+    def deltas(params: Any, adapters: Any) -> Delta:
+        return changes(params, (adapters,), lambda rule, site, leaves, weights: rule.change(site, leaves[0], weights))
+
+    def changes(params: Any, parts: Sequence[Any], change: Callable[..., Any]) -> Delta:
+        weights = _collections(params)["params"]
+        _check_paths(parts, weights)
+        found: dict[str, Any] = {}
+        for kind, rules_of_kind in (("layers", on_layers), ("parameters", on_parameters)):
+            for rule, site, leaves, here in _sites(rules_of_kind, parts, weights, parameters=kind == "parameters"):
+                for name, value in change(rule, site, leaves, here).items():
+                    path = _join(site, name)
+                    if path in found:
+                        raise ValueError(
+                            f"two methods change the parameter {path!r}; narrow the targets of one of them so that the "
+                            "weight-space change is theirs alone"
+                        )
+                    found[path] = value
+        return Delta(found)
+
+    def apply_deltas(params: Any, delta: Delta, *inputs: Any, **kwargs: Any) -> Any:
+        return base(fold(params, delta), *inputs, **kwargs)
+
+    def picked(names: Callable[[Any, Leaves], tuple[str, ...]]) -> Callable[[Any], Any]:
+        def pick(adapters: Any) -> Any:
+            keep: dict[str, Any] = {}
+            for acting, parameters in ((on_layers, False), (on_parameters, True)):
+                for rule, site, (leaves,), _ in _sites(acting, (adapters,), None, parameters=parameters):
+                    keep |= {_join(site, name): leaves[name] for name in names(rule, leaves)}
+            return trees.nest(keep)
+
+        return pick
+
+    return Adapted(
+        init=init,
+        apply=apply,
+        base=base,
+        deltas=deltas,
+        apply_deltas=apply_deltas,
+        trainable=picked(lambda rule, leaves: rule.trained(leaves)),
+        moving=picked(lambda rule, leaves: rule.moving(leaves)),
+        pushforward=None,
+        expand=Expansions(forward=expand, changes=changes),
+        folds=True,
+    )
+
+
+class Expansions(NamedTuple):
+    """How ``linearize`` re-reads an adapted model: the forward pass and the weight changes, site by site.
+
+    Attributes:
+      forward: ``(branch, change) -> apply(params, parts, *inputs)``: ``branch(rule, layer, leaves, x, y, key)`` is added to
+        the output of each adapted layer, ``change(rule, site, leaves, weights)`` to each adapted parameter. ``leaves`` has
+        one dictionary for each of the adapter trees in ``parts``.
+      changes: ``(params, parts, change) -> Delta`` with the same ``change``.
+    """
+
+    forward: Callable[..., Any]
+    changes: Callable[..., Delta]
+
+
+def _collections(params: Any) -> dict[str, Any]:
+    """Wraps a bare parameter dictionary, or passes a dictionary of Linen collections on."""
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params must be a nested dictionary of arrays, got {type(params).__name__}")
+    if isinstance(params.get("params"), Mapping):
+        return dict(params)
+    return {"params": params}
+
+
+def _join(site: str, name: str) -> str:
+    return f"{site}/{name}" if site else name
+
+
+def _suffixes(count: int) -> list[str]:
+    """Names under which the leaves of the first, second, ... adapter tree travel through the model."""
+    return ["", *(f"__part{i}" for i in range(1, count))]
+
+
+def _first(rules: Sequence[Method], path: str) -> Any:
+    return next((rule for rule in rules if re.fullmatch(rule.targets, path)), None)
+
+
+def _owner(rules: Sequence[Method], path: str) -> Any:
+    """The method on layers that a leaf belongs to: its site is matched and its name is one of the method's."""
+    site, _, name = path.rpartition("/")
+    rule = _first(rules, site)
+    return rule if rule is not None and name in rule.names else None
+
+
+def _sites(rules: Sequence[Method], parts: Sequence[Any], params: Any, *, parameters: bool) -> Any:
+    """Yields (method, site path, leaves of each part, base weights of the site) for every site in adapter trees."""
+    flats = [trees.flat(part) for part in parts]
+    grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for index, leaves in enumerate(flats):
+        for path, leaf in leaves.items():
+            site, _, name = path.rpartition("/")
+            if parameters:
+                rule = next((r for r in rules if r.owns(name) and re.fullmatch(r.targets, _join(site, r.owns(name)))), None)
+                if rule is not None and rule is not _first(rules, _join(site, rule.owns(name))):
+                    rule = None
+            else:
+                rule = _owner(rules, path)
+            if rule is not None:
+                slot = grouped.setdefault((site, rules.index(rule)), [{} for _ in parts])
+                slot[index][name] = leaf
+    weights = {} if params is None else trees.flat(params)
+    for (site, rule_index), leaves in grouped.items():
+        prefix = site + "/" if site else ""
+        here = {
+            path[len(prefix) :]: w for path, w in weights.items() if path.startswith(prefix) and "/" not in path[len(prefix) :]
+        }
+        yield rules[rule_index], site, tuple(leaves), here
+
+
+def _check_paths(parts: Sequence[Any], params: Mapping[str, Any]) -> None:
+    """Linen ignores variables that no module asks for, so a misspelled adapter path would be silent without this."""
+    modules = {path.rpartition("/")[0] for path in trees.flat(params)}
+    for part in parts:
+        for path in trees.flat(part):
+            if path.rpartition("/")[0] not in modules:
+                raise ValueError(
+                    f"the adapters have a leaf {path!r} but the base parameters have no such module"
+                    f"{trees.did_you_mean(path.rpartition('/')[0], modules)}; were they made for another model?"
+                )
+
+
+def _unmatched(rule: Method, known: Any, what: str) -> str:
+    plain = re.sub(r"\\.|[\\^$*+?{}()|\[\].]", "", rule.targets.split("|")[0])
+    return (
+        f"targets={rule.targets!r} matches no {what} that {type(rule).__name__} can adapt"
+        f"{trees.did_you_mean(plain, known)}. The whole path must match: r'.*/name' matches at any depth"
+    )
+
+
+def _init_layers(
+    model: nn.Module, rules: Sequence[Method], key: jax.Array, params: Any, inputs: Any, kwargs: Any
+) -> dict[str, Any]:
+    """Creates the adapter leaves by tracing the model once; XLA drops the forward pass, whose outputs nobody uses."""
+    matched: set[int] = set()
+    seen: dict[str, None] = {}
+
+    def create(next_fn: Callable[..., Any], args: Any, call_kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        y = next_fn(*args, **call_kwargs)
+        layer = _layer(context, args, call_kwargs)
+        if layer is None:
+            return y
+        seen[layer.path] = None
+        rule = _first(rules, layer.path)
+        if rule is not None:
+            matched.add(rules.index(rule))
+            module = context.module
+            for name, (make, shape) in rule.leaves(layer).items():
+                if not module.has_variable("params", name):
+                    module.put_variable("params", name, make(module.make_rng("params"), shape, jnp.float32))
+        return y
+
+    variables = _collections(params)
+    flat_inputs, structure = jax.tree.flatten((inputs, kwargs))
+    is_array = [hasattr(leaf, "dtype") or isinstance(leaf, (int, float)) and not isinstance(leaf, bool) for leaf in flat_inputs]
+
+    @jax.jit
+    def run(key: jax.Array, variables: Any, arrays: list[Any]) -> dict[str, Any]:
+        given = iter(arrays)
+        leaves = [next(given) if array else leaf for leaf, array in zip(flat_inputs, is_array, strict=True)]
+        args, call_kwargs = jax.tree.unflatten(structure, leaves)
+        with nn.intercept_methods(create):
+            _, after = model.apply(variables, *args, rngs={"params": key}, mutable=["params"], **call_kwargs)
+        before = trees.flat(variables["params"])
+        return {path: leaf for path, leaf in trees.flat(after["params"]).items() if path not in before}
+
+    created = run(key, variables, [leaf for leaf, array in zip(flat_inputs, is_array, strict=True) if array])
+    for index, rule in enumerate(rules):
+        if index not in matched:
+            raise ValueError(_unmatched(rule, seen, "layer"))
+    return trees.nest(created)
+
+
+def _interceptor(rules: Sequence[Method], branch: Callable[..., Any], parts: int, stochastic: bool) -> Callable[..., Any]:
+    suffixes = _suffixes(parts)
+
+    def intercept(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        y = next_fn(*args, **kwargs)
+        layer = _layer(context, args, kwargs)
+        rule = _first(rules, layer.path) if layer is not None else None
+        if layer is None or rule is None:
+            return y
+        module = context.module
+        leaves = []
+        for suffix in suffixes:
+            present = [name for name in rule.names if module.has_variable("params", name + suffix)]
+            leaves.append({name: module.get_variable("params", name + suffix) for name in present})
+        if not leaves[0]:
+            raise ValueError(
+                f"{type(rule).__name__} matches the layer {layer.path!r}, for which the adapters hold no leaves; make the "
+                "adapters with init() and the same kind of call as this one"
+            )
+        key = None
+        if stochastic and rule.stochastic:
+            if not module.has_rng("dropout"):
+                raise ValueError(
+                    f"{layer.path!r} got no 'dropout' key: pass rngs={{'dropout': key}}, and where the model scans its "
+                    "layers with nn.scan, list 'dropout' in its split_rngs"
+                )
+            key = module.make_rng("dropout")
+        x = args[0] if args else next(iter(kwargs.values()))
+        return y + branch(rule, layer, tuple(leaves), x, y, key).astype(y.dtype)
+
+    return intercept
+
+
+def _layer(context: nn.module.InterceptorContext, args: Any, kwargs: Any) -> Layer | None:
+    """Describes the layer that is being called, or ``None`` if it is not a linear layer's own call."""
+    module, method = context.module, context.method_name
+    if module.name == _CLONE:
+        return None
+    path = "/".join(module.path)
+    if isinstance(module, nn.Embed) and method in ("__call__", "attend"):
+        table = module.get_variable("params", "embedding").shape
+        return Layer(
+            path=path,
+            kernel="embedding",
+            inputs=table[-2:-1],
+            outputs=table[-1:],
+            a_shape=lambda r: (table[-2], r),
+            b_shape=lambda r: (r, table[-1]),
+            fan_in=1,
+            pair=_lookup if method == "__call__" else _attend,
+        )
+    if method != "__call__":
+        return None
+    if isinstance(module, nn.Einsum):
+        return _einsum_layer(path, module, kwargs.get("einsum_str") or (args[1] if len(args) > 1 else None) or module.einsum_str)
+    if isinstance(module, (nn.Dense, nn.DenseGeneral, nn.Conv)):
+        shape = module.get_variable("params", "kernel").shape
+        features = module.features
+        count = len(features) if isinstance(features, Sequence) else 1
+        if getattr(module, "batch_dims", ()) or getattr(module, "feature_group_count", 1) != 1:
+            # A factor pair that is shared by groups or batch entries is not a change of this weight.
+            return None
+        inputs, outputs = shape[: len(shape) - count], shape[len(shape) - count :]
+
+        def pair(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            low = module.clone(features=a.shape[-1], use_bias=False, parent=None, name=_CLONE)
+            return jnp.tensordot(low.apply({"params": {"kernel": a}}, x), b, 1, precision=module.precision)
+
+        return Layer(
+            path=path,
+            kernel="kernel",
+            inputs=inputs,
+            outputs=outputs,
+            a_shape=lambda r: (*inputs, r),
+            b_shape=lambda r: (r, *outputs),
+            fan_in=_product(inputs),
+            pair=pair,
+        )
+    return None
+
+
+def _lookup(ids: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.take(a, ids, axis=0) @ b
+
+
+def _attend(query: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A tied output head uses the table transposed: x (A B)' = (x B') A'."""
+    return (query @ b.T) @ a.T
+
+
+def _product(sizes: Sequence[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def _einsum_layer(path: str, module: nn.Einsum, equation: str | None) -> Layer | None:
+    """Rewrites ``X,K->Y`` as ``X,A->Z`` and ``Z,B->Y``, where Z keeps what X and Y share and has one new axis, the rank."""
+    if equation is None:
+        return None
+    left, result = equation.replace(" ", "").split("->")
+    source, kernel = left.split(",")
+    sizes = dict(zip(kernel, module.get_variable("params", "kernel").shape, strict=False))
+    if "." in kernel or len(sizes) != len(kernel):
+        return None
+    batch = "".join(c for c in kernel if c in source and c in result)
+    inputs = "".join(c for c in kernel if c not in result)
+    outputs = "".join(c for c in kernel if c not in source)
+    if not inputs or not outputs or len(batch + inputs + outputs) != len(kernel):
+        return None
+    rank = next(c for c in "rstuvwxyzabcdefghijklmnopq" if c not in source + kernel + result)
+    middle = "".join(c for c in result if c not in outputs) + rank
+    interleaved = kernel != batch + inputs + outputs
+    if interleaved and (batch or 1 in sizes.values()):
+        raise ValueError(
+            f"{path!r}: the weight of the einsum {equation!r} has its input axes between its output axes together with a batch "
+            "axis or an axis of size 1, which has no factor layout; order the weight's axes as batch, inputs, outputs"
+        )
+    batch_shape = tuple(sizes[c] for c in batch)
+    in_shape, out_shape = tuple(sizes[c] for c in inputs), tuple(sizes[c] for c in outputs)
+    # Where the weight interleaves inputs and outputs, B keeps the weight's axis order with ones in place of the inputs, so
+    # that the shapes of the leaves alone say how the pair multiplies out (see deltas.LowRank.axes).
+    spread = tuple(1 if c in inputs else sizes[c] for c in kernel)
+
+    def pair(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        z = jnp.einsum(f"{source},{batch}{inputs}{rank}->{middle}", x, a, precision=module.precision)
+        b = b.reshape(*batch_shape, b.shape[len(batch_shape)], *out_shape)
+        return jnp.einsum(f"{middle},{batch}{rank}{outputs}->{result}", z, b, precision=module.precision)
+
+    return Layer(
+        path=path,
+        kernel="kernel",
+        inputs=in_shape,
+        outputs=out_shape,
+        a_shape=lambda r: (*batch_shape, *in_shape, r),
+        b_shape=lambda r: (r, *spread) if interleaved else (*batch_shape, r, *out_shape),
+        fan_in=_product(in_shape),
+        pair=pair,
+    )

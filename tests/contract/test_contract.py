@@ -1,0 +1,231 @@
+"""Every method, every guarantee."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import LAYOUTS, METHODS, MODES, build, noise
+from models import Encoder, stack_layers
+
+import pefusion_jax as pf
+from pefusion_jax import trees
+
+
+def close(actual, expected, bound=1e-5):
+    """Largest difference relative to the largest expected value."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= bound * max(np.abs(expected).max(), 1e-30)
+
+
+def squares(apply):
+    return lambda params, tree, ids: jnp.mean(jnp.square(apply(params, tree, ids) - 1.0))
+
+
+def test_identity_at_initialisation(case):
+    created = case.adapted.init(jax.random.key(0), case.params, case.ids)
+    assert {k: v.shape for k, v in trees.paths(created).items()} == {k: v.shape for k, v in trees.paths(case.start).items()}
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(created))
+    base = jax.jit(case.adapted.base)(case.params, case.ids)
+    adapted = jax.jit(case.adapted.apply)(case.params, created, case.ids)
+    np.testing.assert_array_equal(adapted, base)
+
+
+def test_activation_path_equals_folded_path(case):
+    adapted = jax.jit(case.adapted.apply)(case.params, case.point, case.ids)
+    delta = case.adapted.deltas(case.params, case.point)
+    folded = jax.jit(case.adapted.base)(pf.fold(case.params, delta), case.ids)
+    close(adapted, folded)
+    close(jax.jit(case.adapted.apply_deltas)(case.params, delta, case.ids), folded)
+    base = jax.jit(case.adapted.base)(case.params, case.ids)
+    assert np.abs(adapted - base).max() > 1e-3, "the adapters changed nothing, so nothing was compared"
+
+
+def test_jit_equals_eager(loop):
+    close(loop.adapted.apply(loop.params, loop.point, loop.ids), jax.jit(loop.adapted.apply)(loop.params, loop.point, loop.ids))
+
+
+def test_second_call_does_not_recompile(loop):
+    traces = []
+
+    @jax.jit
+    def gradient(params, tree, ids):
+        traces.append(1)
+        return jax.grad(squares(loop.adapted.apply), argnums=1)(params, tree, ids)
+
+    first = gradient(loop.params, loop.point, loop.ids)
+    gradient(loop.params, jax.tree.map(lambda p, g: p - 0.1 * g, loop.point, first), loop.ids)
+    assert len(traces) == 1
+
+
+def test_gradients_are_finite_and_zero_exactly_where_documented(case):
+    gradient = jax.jit(jax.grad(squares(case.adapted.apply), argnums=1))(case.params, case.start, case.ids)
+    for path, leaf in trees.paths(gradient).items():
+        assert np.isfinite(leaf).all(), path
+        assert (not np.any(leaf)) == bool(re.fullmatch(case.row.zero_gradient, path)), path
+    moving = trees.paths(case.adapted.moving(case.start))
+    assert moving.keys() == {p for p in trees.paths(case.start) if not re.fullmatch(case.row.zero_gradient, p)}
+
+
+def test_jvp_equals_finite_difference(loop):
+    # Flax's own LayerNorm mixes float64 with float32, hence the standard promotion here.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        wide = [jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), t) for t in (loop.params, loop.point, loop.direction)]
+        params, point, direction = wide
+
+        @jax.jit
+        def moved(step):
+            return loop.adapted.apply(params, jax.tree.map(lambda p, d: p + step * d, point, direction), loop.ids)
+
+        _, tangent = jax.jit(lambda: jax.jvp(moved, (jnp.float64(0.0),), (jnp.float64(1.0),)))()
+        step = 1e-5
+        difference = (moved(jnp.float64(step)) - moved(jnp.float64(-step))) / (2 * step)
+        close(tangent, difference, 1e-7)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_linearized_at_zero_is_the_model_at_the_point_of_expansion(case, mode):
+    for phi0 in (case.start, case.point):
+        linear = pf.linearize(case.adapted, phi0, mode)
+        tau = linear.init(jax.random.key(5), case.params, case.ids)
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(tau))
+        close(
+            jax.jit(linear.apply)(case.params, tau, case.ids), jax.jit(case.adapted.apply)(case.params, phi0, case.ids), 2e-6
+        )
+
+
+@pytest.mark.parametrize("mode", ["network", "weight"])
+def test_linearized_is_affine_and_pushforwards_superpose(case, mode):
+    linear = pf.linearize(case.adapted, case.start, mode)
+    taus = [case.direction, noise(case.start, 7, 0.05)]
+    if mode == "weight":  # affine in the weight-space change; with A at its start that is affine in B
+        taus = [_only_moving(case, tau) for tau in taus]
+    apply = jax.jit(linear.apply)
+    zero = jax.tree.map(jnp.zeros_like, taus[0])
+    f0, f1, f2 = (apply(case.params, tau, case.ids) for tau in (zero, *taus))
+    both = jax.tree.map(lambda a, b: 0.7 * a - 1.3 * b, *taus)
+    expected = f0 + 0.7 * (f1 - f0) - 1.3 * (f2 - f0)
+    close(apply(case.params, both, case.ids), expected)
+    base, pushed = jax.jit(linear.pushforward)(case.params, trees.stack(taus), case.ids)
+    close(base, f0)
+    close(base + 0.7 * pushed[0] - 1.3 * pushed[1], expected)
+
+
+def _only_moving(case, tau):
+    moving = trees.paths(case.adapted.moving(case.start))
+    return trees.map_paths(lambda path, leaf: leaf if path in moving else jnp.zeros_like(leaf), tau)
+
+
+@pytest.mark.parametrize("mode", ["network", "weight"])
+def test_linearized_is_the_first_order_term(loop, mode):
+    """The gap to the model itself shrinks with the square of the displacement."""
+    linear = pf.linearize(loop.adapted, loop.point, mode)
+    gaps = []
+    for size in (4e-2, 2e-2):
+        tau = jax.tree.map(lambda leaf, s=size: s * leaf, noise(loop.start, 9, 1.0))
+        moved = jax.tree.map(jnp.add, loop.point, tau)
+        if mode == "weight":
+            exact = jax.jit(loop.adapted.base)(pf.fold(loop.params, loop.adapted.deltas(loop.params, moved)), loop.ids)
+        else:
+            exact = jax.jit(loop.adapted.apply)(loop.params, moved, loop.ids)
+        gaps.append(np.abs(exact - jax.jit(linear.apply)(loop.params, tau, loop.ids)).max())
+    assert 2.5 < gaps[0] / gaps[1] < 6.5, gaps
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_linearized_deltas_stand_for_the_displacement(case, mode):
+    for phi0 in (case.start, case.point):
+        linear = pf.linearize(case.adapted, phi0, mode)
+        applied = jax.jit(linear.apply)(case.params, case.direction, case.ids)
+        delta = linear.deltas(case.params, case.direction)
+        close(jax.jit(linear.apply_deltas)(case.params, delta, case.ids), applied, 2e-5)
+
+
+def test_layer_mode_folds(case):
+    linear = pf.linearize(case.adapted, case.start, "layer")
+    applied = jax.jit(linear.apply)(case.params, case.direction, case.ids)
+    folded = pf.fold(case.params, linear.deltas(case.params, case.direction))
+    close(applied, jax.jit(case.adapted.base)(folded, case.ids))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_linearized_trains_only_what_moves(loop, mode):
+    linear = pf.linearize(loop.adapted, loop.start, mode)
+    zero = linear.init(jax.random.key(0), loop.params, loop.ids)
+    gradient = jax.jit(jax.grad(squares(linear.apply), argnums=1))(loop.params, zero, loop.ids)
+    trained = trees.paths(linear.trainable(zero))
+    for path, leaf in trees.paths(gradient).items():
+        dead = bool(re.fullmatch(loop.row.zero_gradient, path))
+        assert (not np.any(leaf)) == dead, path
+        if mode != "weight":  # there A learns as soon as B has left zero
+            assert (path in trained) == (not dead), path
+    point = jax.tree.map(jnp.add, zero, loop.direction)
+    kept = linear.trainable(point)
+    if mode == "network":
+        only = jax.jit(linear.apply)(loop.params, kept, loop.ids)
+        close(only, jax.jit(linear.apply)(loop.params, point, loop.ids))
+
+
+def test_loop_equals_remat_equals_scan(name):
+    outputs, gradients = [], []
+    for layout in LAYOUTS:
+        case = build(name, layout)
+        value, gradient = jax.jit(jax.value_and_grad(squares(case.adapted.apply), argnums=1))(case.params, case.point, case.ids)
+        outputs.append(value)
+        gradients.append(gradient if layout == "scan" else stack_layers(gradient))
+    for value, gradient in zip(outputs[1:], gradients[1:], strict=True):
+        close(value, outputs[0])
+        for path, leaf in trees.paths(gradient).items():
+            close(leaf, trees.paths(gradients[0])[path], 2e-5)
+
+
+def test_a_rule_that_matches_nothing_names_the_nearest_paths(name):
+    row = next(row for row in METHODS if row.name == name)
+    case = build(name, "loop")
+    adapted = pf.adapt(case.model, row.make(r".*/qurey"))
+    with pytest.raises(ValueError, match=r"qurey.*matches no (layer|parameter).*nearest: .*query"):
+        adapted.init(jax.random.key(0), case.params, case.ids)
+
+
+def test_misspelled_adapters_are_an_error(loop):
+    wrong = {("layer_9" if k == "layer_0" else k): v for k, v in loop.point.items()}
+    with pytest.raises(ValueError, match=r"'layer_9/.*no such module.*layer_"):
+        loop.adapted.apply(loop.params, wrong, loop.ids)
+
+
+def test_base_parameters_are_not_copied(loop):
+    delta = loop.adapted.deltas(loop.params, loop.point)
+    folded = trees.paths(pf.fold(loop.params, delta))
+    for path, leaf in trees.paths(loop.params).items():
+        assert (folded[path] is leaf) == (path not in delta.leaves), path
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_flops_of_the_linearization(name, layout, wide_model):
+    """XLA's own count on a model whose width is large against the rank, relative to one forward of the base."""
+    model, params, inputs = wide_model(layout)
+    row = next(row for row in METHODS if row.name == name)
+    adapted = pf.adapt(model, row.make(r".*(up|down)"))
+    phi0 = adapted.init(jax.random.key(0), params, inputs)
+    linear = pf.linearize(adapted, phi0)
+    tau = linear.trainable(linear.init(jax.random.key(0), params, inputs))
+
+    def flops(fn, *args):
+        return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+    base = flops(adapted.base, params, inputs)
+    assert flops(linear.apply, params, tau, inputs) <= row.linear_forward * base
+    if layout == "loop":  # remat computes the forward twice by design, and XLA counts a scanned body once
+        assert flops(jax.grad(squares(linear.apply), argnums=1), params, tau, inputs) <= row.linear_gradient * base
+
+
+def test_full_encoder_is_what_the_table_is_checked_on():
+    """Guards the suite itself: every layer type the methods support is in the model and is matched."""
+    case = build("lora", "loop")
+    matched = {path.rsplit("/", 2)[-2] for path in trees.paths(case.start)}
+    assert matched == {"query", "key", "value", "out", "up", "down", "conv", "embed"}
+    assert isinstance(case.model, Encoder)
