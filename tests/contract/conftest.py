@@ -96,6 +96,19 @@ def build(name: str, layout: str) -> Case:
     return Case(row, model, pf.adapt(model, row.make("")), params, start, point, direction, ids)
 
 
+# One compiled program for each function of a case, however many tests call it.
+jit = functools.cache(jax.jit)
+_expansions: dict[Any, pf.Adapted] = {}
+
+
+def expansion(case: Case, at: str, mode: str) -> pf.Adapted:
+    """The linearization of a case at its ``start`` or its ``point``, the same object for every test."""
+    name = (case.adapted, at, mode)
+    if name not in _expansions:
+        _expansions[name] = pf.linearize(case.adapted, getattr(case, at), mode)
+    return _expansions[name]
+
+
 @pytest.fixture(params=[row.name for row in METHODS])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -1,0 +1,285 @@
+"""Figures for papers: scores, coefficient sweeps and similarities. Each also writes its numbers as CSV beside the PNG.
+
+Matplotlib is imported when a figure is drawn, and only its object interface is used: no window, no global
+state.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pefusion_jax.evaluation.report import Comparison
+from pefusion_jax.training.logging import write_atomically
+
+# Okabe and Ito's colours, which people with any common colour blindness tell apart; black is kept for means.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DPI = 200
+
+
+def plot_scores(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+    """Draws a comparison as a heat map with numbers: methods by tasks, then mean and normalized mean.
+
+    Colours run from each column's lowest to its highest score, so that they compare methods within a task;
+    rows of one kind stand together under the kind's name, and the best of a kind in each column is bold.
+
+    Args:
+      comparison: the table.
+      path: of the PNG; a CSV of the same name is written beside it.
+    """
+    relative = comparison.rows[0].normalized(comparison.reference) is not None
+    columns = [*comparison.tasks, "mean"] + (["normalized\nmean"] if relative else [])
+    blank = [float("nan")] * len(columns)
+    kinds = list(dict.fromkeys(row.kind for row in comparison.rows))
+    lines: list[tuple[str, str | None, list[float]]] = []  # label, kind (None: a heading), numbers
+    for kind in kinds:
+        if len(kinds) > 1:
+            lines.append((kind, None, blank))
+        for row in comparison.rows:
+            if row.kind == kind:
+                cells = comparison.cells(row)
+                chosen = [*cells[: len(comparison.tasks) + 1], *(cells[-2:-1] if relative else [])]
+                lines.append((row.name, kind, [float("nan") if v is None else 100.0 * v for v in chosen]))
+
+    values = np.array([line[2] for line in lines])
+    known = np.array([kind is not None for _, kind, _ in lines])
+    low, high = np.nanmin(values[known], axis=0), np.nanmax(values[known], axis=0)
+    shade = (values - low[None, :]) / np.maximum(high - low, 1e-9)[None, :]
+    # Tasks and summaries stand apart.
+    place = np.arange(len(columns), dtype=np.float64)
+    place[len(comparison.tasks) :] += 0.25
+
+    longest = max(len(label) for label, _, _ in lines)
+    figure, axes = _figure(0.075 * longest + 0.75 * (place[-1] + 1) + 1.1, 0.27 * len(lines) + 0.95)
+    colours = _sequential()
+    for y, (label, kind, numbers) in enumerate(lines):
+        axes.text(
+            -0.62, y, label, ha="right", va="center", fontsize=8, fontweight="normal" if kind else "bold"
+        )
+        for x, number in zip(range(len(columns)), numbers, strict=True):
+            if np.isnan(number):
+                continue
+            colour = colours(0.08 + 0.84 * shade[y, x])
+            axes.add_patch(_rectangle(place[x] - 0.5, y - 0.5, colour))
+            rivals = [line[2][x] for line in lines if line[1] == kind]
+            luminance = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2]
+            axes.text(
+                place[x],
+                y,
+                f"{number:.1f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="black" if luminance > 0.45 else "white",
+                fontweight="bold" if len(rivals) > 1 and number == np.nanmax(rivals) else "normal",
+            )
+    axes.set_xlim(-0.55, place[-1] + 0.55)
+    axes.set_ylim(len(lines) - 0.45, -0.55)
+    axes.set_xticks(place, columns, fontsize=8)
+    axes.set_yticks([])
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    if max(len(part) for name in columns for part in name.split("\n")) > 9:
+        for label in axes.get_xticklabels():
+            label.set(rotation=30, ha="left", rotation_mode="anchor")
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.set_xlabel("score × 100; darker is better within a column", fontsize=8)
+    if comparison.title:
+        axes.set_title(comparison.title, fontsize=9, pad=10)
+    _save(figure, path, comparison.csv())
+
+
+def plot_sweep(
+    coefficients: Sequence[float] | np.ndarray,
+    scores: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    label: str = "scaling coefficient λ",
+    score_label: str = "score",
+) -> None:
+    """Draws scores against a coefficient: a thin line for each task, a thick one for the mean, its best point marked.
+
+    Args:
+      coefficients: ``[point]``, in increasing order.
+      scores: task name -> scores ``[point]``; or, for one panel each, method name -> such a mapping.
+      path: of the PNG; a CSV of the same name is written beside it.
+      label: of the horizontal axis.
+      score_label: of the vertical axis, which all panels share.
+
+    Raises:
+      ValueError: if there is no task, or a curve has another number of points than there are coefficients.
+    """
+    x = np.asarray(coefficients, np.float64)
+    nested = bool(scores) and all(isinstance(value, Mapping) for value in scores.values())
+    panels: dict[str, dict[str, np.ndarray]] = {
+        title: {task: np.asarray(curve, np.float64) for task, curve in panel.items()}
+        for title, panel in (scores if nested else {"": scores}).items()
+    }
+    for title, panel in panels.items():
+        if not panel:
+            raise ValueError(f"there are no scores to draw{f' for {title!r}' if title else ''}")
+        for task, curve in panel.items():
+            if curve.shape != x.shape:
+                raise ValueError(
+                    f"{task!r} has scores {curve.shape} for coefficients {x.shape}; they must agree"
+                )
+    tasks = list(dict.fromkeys(task for panel in panels.values() for task in panel))
+
+    figure, all_axes = _figure(2.6 * len(panels) + 1.5, 2.7, columns=len(panels))
+    handles: dict[str, Any] = {}
+    for axes, (title, panel) in zip(np.atleast_1d(all_axes), panels.items(), strict=True):
+        for t, task in enumerate(tasks):
+            if task in panel:
+                (handles[task],) = axes.plot(
+                    x,
+                    panel[task],
+                    color=COLOURS[t % len(COLOURS)],
+                    marker=MARKERS[t % len(MARKERS)],
+                    markersize=3,
+                    markevery=max(1, len(x) // 7),
+                    linewidth=1,
+                    linestyle="-" if t < len(COLOURS) else "--",
+                )
+        mean = np.mean(list(panel.values()), axis=0)
+        (handles["mean"],) = axes.plot(x, mean, color="black", linewidth=2.2)
+        best = int(np.argmax(mean))
+        axes.axvline(x[best], color="black", linewidth=0.7, linestyle=":")
+        (handles["best mean"],) = axes.plot(
+            x[best],
+            mean[best],
+            marker="*",
+            color="black",
+            markersize=11,
+            linestyle="none",
+            markeredgecolor="white",
+        )
+        axes.set_title(
+            f"{title}\n" * bool(title) + f"best mean {mean[best]:.3f} at {x[best]:.3g}", fontsize=8
+        )
+        axes.set_xlabel(label, fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(True, linewidth=0.4, alpha=0.5)
+        axes.margins(x=0.02)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    np.atleast_1d(all_axes)[0].set_ylabel(score_label, fontsize=8)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside right center",
+        fontsize=7,
+        frameon=False,
+        handlelength=2.2,
+    )
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["panel", "coefficient", *tasks, "mean"])
+    for title, panel in panels.items():
+        for p, value in enumerate(x):
+            curves = [repr(float(panel[task][p])) if task in panel else "" for task in tasks]
+            writer.writerow(
+                [title, repr(float(value)), *curves, repr(float(np.mean([c[p] for c in panel.values()])))]
+            )
+    _save(figure, path, out.getvalue())
+
+
+def plot_cosine(
+    matrix: Any,
+    names: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "",
+    label: str = "cosine similarity",
+) -> None:
+    """Draws a matrix of similarities between tasks as a heat map with numbers.
+
+    Args:
+      matrix: ``[task, task]``, values in [-1, 1], such as ``pefusion_jax.trees.cosine(taus)``.
+      names: of the tasks.
+      path: of the PNG; a CSV of the same name is written beside it.
+      title: shown above.
+      label: of the colour bar.
+
+    Raises:
+      ValueError: if the matrix is not square with a row for each name.
+    """
+    values = np.asarray(matrix, np.float64)
+    if values.shape != (len(names), len(names)) or not len(names):
+        raise ValueError(
+            f"a matrix {values.shape} does not fit {len(names)} names; needed is one row and column a name"
+        )
+    # The diagonal is 1 by definition and would hide the differences elsewhere.
+    others = np.abs(values[~np.eye(len(names), dtype=bool)])
+    limit = max(float(others.max(initial=0.0)), 0.05)
+    size = 0.46 * len(names) + 0.06 * max(map(len, names)) + 0.8
+    figure, axes = _figure(size + 1.0, size)
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    for row in range(len(names)):
+        for column in range(len(names)):
+            dark = abs(values[row, column]) > 0.6 * limit
+            axes.text(
+                column,
+                row,
+                f"{values[row, column]:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
+            )
+    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, extend="max")
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    if title:
+        axes.set_title(title, fontsize=9)
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["", *names])
+    for name, line in zip(names, values, strict=True):
+        writer.writerow([name, *(repr(float(value)) for value in line)])
+    _save(figure, path, out.getvalue())
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, sharey=True)
+
+
+def _sequential() -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["Blues"]
+
+
+def _rectangle(left: float, bottom: float, colour: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((left, bottom), 1, 1, facecolor=colour, edgecolor="white", linewidth=1)
+
+
+def _save(figure: Any, path: str | os.PathLike[str], table: str) -> None:
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"figures are PNG files, but the path is {str(path)!r}; end it with .png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=_DPI)
+    write_atomically(path, picture.getvalue())
+    write_atomically(path.with_suffix(".csv"), table.encode())

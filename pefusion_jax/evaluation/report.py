@@ -1,0 +1,200 @@
+"""Comparison tables: methods as rows, tasks as columns; as text, Markdown, CSV and JSON.
+
+The JSON file (``results.json``) is an object:
+
+* ``schema``: ``"pefusion_jax.comparison.v1"``; ``title``: string; ``tasks``: task names in column order;
+* ``rows``: objects with ``name``, ``kind``, ``scores``, ``stderr`` and ``counts`` (each task name -> number),
+  ``mean``, ``mean_stderr`` (number or null), ``worst``, ``worst_task``, and ``normalized`` (task name ->
+  number, or null) with ``normalized_mean`` (number or null).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pefusion_jax.evaluation.scores import Scores
+from pefusion_jax.training.logging import write_atomically
+
+SCHEMA = "pefusion_jax.comparison.v1"
+
+
+class Row(NamedTuple):
+    """One line of a comparison.
+
+    Attributes:
+      name: the method, such as ``"TIES"``.
+      kind: what it was applied to, such as ``"LoRA"`` or ``"L-LoRA"``; rows of one kind stand together in
+        plots.
+      scores: its scores.
+      reference: task name -> score by which this row is normalized, in place of the comparison's.
+    """
+
+    name: str
+    kind: str
+    scores: Scores
+    reference: Mapping[str, float] | None = None
+
+    def normalized(self, reference: Mapping[str, float] | None) -> Scores | None:
+        """Scores relative to the row's own reference, or else to the one given; ``None`` without any."""
+        chosen = self.reference if self.reference is not None else reference
+        return None if chosen is None else self.scores.normalized(chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A table of methods by tasks; printing it prints aligned text.
+
+    Attributes:
+      rows: in the order in which they are shown; all with scores for the same tasks.
+      reference: task name -> score of each task's own model, which rows are normalized by.
+      title: shown above tables and in plots.
+
+    Raises:
+      ValueError: if there are no rows, or one has other tasks than the first.
+    """
+
+    rows: tuple[Row, ...]
+    reference: Mapping[str, float] | None = None
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        if not self.rows:
+            raise ValueError("a comparison needs at least one row")
+        for row in self.rows:
+            if set(row.scores) != set(self.tasks):
+                raise ValueError(
+                    f"row {row.name!r} has scores for {', '.join(row.scores)}, but row {self.rows[0].name!r} for "
+                    f"{', '.join(self.tasks)}; evaluate all rows on the same tasks"
+                )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names, in the order of the first row."""
+        return tuple(self.rows[0].scores)
+
+    @property
+    def header(self) -> list[str]:
+        """Column names."""
+        return ["method", "kind", *self.tasks, "mean", "normalized", "worst"]
+
+    def cells(self, row: Row) -> list[float | None]:
+        """The numbers of a row: tasks, mean, mean of the normalized scores (or ``None``), worst."""
+        relative = row.normalized(self.reference)
+        tasks: list[float | None] = [row.scores[task] for task in self.tasks]
+        return [*tasks, row.scores.mean, None if relative is None else relative.mean, row.scores.worst]
+
+    def __str__(self) -> str:
+        lines = [self.header] + [[row.name, row.kind, *self._text(row)] for row in self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        text = [
+            "  ".join(
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join(
+            ([self.title, ""] if self.title else []) + [text[0], "-" * max(map(len, text)), *text[1:]]
+        )
+
+    def markdown(self) -> str:
+        """A Markdown table; scores in percent, and the best of each column in bold where a kind has several rows."""
+        lines = [
+            "| " + " | ".join(self.header) + " |",
+            "|" + " --- |" * 2 + " ---: |" * (len(self.header) - 2),
+        ]
+        for row in self.rows:
+            rivals = [self.cells(other) for other in self.rows if other.kind == row.kind]
+            texts = []
+            for column, (value, text) in enumerate(zip(self.cells(row), self._text(row), strict=True)):
+                known = [cells[column] for cells in rivals if cells[column] is not None]
+                best = value is not None and len(known) > 1 and value == max(known)  # type: ignore[type-var]
+                texts.append(f"**{text}**" if best else text)
+            lines.append("| " + " | ".join([_escape(row.name), _escape(row.kind), *texts]) + " |")
+        return "\n".join(([f"**{self.title}**", ""] if self.title else []) + lines) + "\n"
+
+    def csv(self) -> str:
+        """Comma-separated values at full precision, with a column of standard errors after each task's scores."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        tasks = [name for task in self.tasks for name in (task, f"{task} stderr")]
+        writer.writerow(["method", "kind", *tasks, "mean", "normalized", "worst"])
+        for row in self.rows:
+            cells = self.cells(row)
+            pairs = [v for task in self.tasks for v in (row.scores[task], row.scores.stderr.get(task))]
+            writer.writerow(
+                [row.name, row.kind, *("" if v is None else repr(float(v)) for v in [*pairs, *cells[-3:]])]
+            )
+        return out.getvalue()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What :meth:`json` writes; see the module's docstring."""
+        rows = []
+        for row in self.rows:
+            relative = row.normalized(self.reference)
+            rows.append(
+                {
+                    "name": row.name,
+                    "kind": row.kind,
+                    **row.scores.to_dict(),
+                    "normalized": None if relative is None else dict(relative),
+                    "normalized_mean": None if relative is None else relative.mean,
+                }
+            )
+        return {"schema": SCHEMA, "title": self.title, "tasks": list(self.tasks), "rows": rows}
+
+    def json(self) -> str:
+        """JSON text, in the schema of the module's docstring; numbers that are not finite become null."""
+        return json.dumps(_plain(self.to_dict()), indent=2, allow_nan=False) + "\n"
+
+    def write(self, folder: str | os.PathLike[str], name: str = "results") -> list[Path]:
+        """Writes ``name.txt``, ``name.md``, ``name.csv`` and ``name.json`` into a folder, each atomically.
+
+        Returns:
+          The four paths.
+        """
+        texts = {"txt": f"{self}\n", "md": self.markdown(), "csv": self.csv(), "json": self.json()}
+        written = []
+        for suffix, text in texts.items():
+            path = Path(folder) / f"{name}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text.encode())
+            written.append(path)
+        return written
+
+    def _text(self, row: Row) -> list[str]:
+        """Cells in percent; a task's score is followed by its standard error where it is known."""
+        texts = []
+        for column, value in enumerate(self.cells(row)):
+            if value is None:
+                texts.append("–")
+                continue
+            text = f"{100 * value:.1f}"
+            error = row.scores.stderr.get(self.tasks[column]) if column < len(self.tasks) else None
+            if column == len(self.tasks):
+                error = row.scores.mean_stderr
+            texts.append(text if error is None else f"{text} ± {100 * error:.1f}")
+        return texts
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

@@ -1,0 +1,179 @@
+"""``fuse``: checks task trees, brings them to the space where they are combined, applies a fusion method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pefusion_jax import deltas
+from pefusion_jax import trees as tree_tools
+from pefusion_jax.deltas import Delta, LowRank
+from pefusion_jax.fusion.elementwise import require_tasks
+from pefusion_jax.fusion.parts import Fusion, wide_dtype
+
+Tree = Any
+
+
+def fuse(
+    method: Fusion,
+    trees: Mapping[str, Tree] | Sequence[Tree],
+    *,
+    adapted: Any = None,
+    params: Any = None,
+    space: Literal["weight", "adapter"] = "weight",
+    init: Tree = None,
+) -> Tree:
+    r"""Combines task trees into one.
+
+    .. math:: \tau = \mathrm{method}(\tau_1, \dots, \tau_T) \qquad\text{or, with init,}\qquad
+       \phi = \phi_0 + \mathrm{method}(\phi_1 - \phi_0, \dots, \phi_T - \phi_0)
+
+    What is combined depends on what is given:
+
+    * plain trees alone: their leaves, as they are (displacements ``tau`` of linearized models, task vectors);
+    * trees with ``adapted`` and ``params``: the weight changes ``adapted.deltas(params, tree)``; the result
+      is a :class:`~pefusion_jax.deltas.Delta` for ``adapted.apply_deltas`` or
+      :func:`~pefusion_jax.deltas.fold`. This is the right space for adapters that enter as a product, such as
+      LoRA: averaging A and B apart is not averaging AB;
+    * ``space="adapter"``: the adapter leaves, with ``init`` relative to the common start, which is what
+      papers on fused adapters did;
+    * :class:`~pefusion_jax.deltas.Delta` objects: their changes. A parameter that a Delta does not mention is
+      one that it leaves unchanged, so tasks may have adapted different layers, at different ranks. Linear
+      methods keep low-rank changes as factor pairs, exactly (ranks add up); other methods work on, and
+      return, dense changes.
+
+    The result does not depend on the order of a mapping: trees are taken by sorted name. A sequence is taken
+    as it comes. Everything may be traced, so that ``jax.jit(lambda scale, trees: fuse(task_arithmetic(scale),
+    trees))`` compiles once for all scales; leaves that are traced are not checked for NaN.
+
+    Args:
+      method: a fusion method, such as ``pefusion_jax.fusion.ties()``.
+      trees: task name -> tree, or a sequence of trees; all of one structure.
+      adapted: the model that the trees are adapters of; only for weight space.
+      params: that model's base parameters; only with ``adapted``.
+      space: where the arithmetic happens; see above.
+      init: the adapters that all tasks started from; only for ``space="adapter"``.
+
+    Returns:
+      A tree of the given structure, shapes and dtypes, or a Delta.
+
+    Raises:
+      ValueError: if nothing is given, structures differ (naming both trees, the path and both shapes), a leaf
+        holds NaN or infinity (naming the tree and the path) or is not floating point, or per-task weights are
+        for other tasks.
+    """
+    names, given = _named(trees)
+    require_tasks(method, names if isinstance(trees, Mapping) else None)
+    if space not in ("weight", "adapter"):
+        raise ValueError(f"space must be 'weight' or 'adapter', not {space!r}")
+    if init is not None and space != "adapter":
+        raise ValueError(
+            "init is the common start of adapters that are fused in space='adapter'; pass it, or no init"
+        )
+    if (adapted is None) != (params is None) and space == "weight":
+        raise ValueError(
+            "weight space needs both adapted and params; pass both, or neither for the trees' own leaves"
+        )
+
+    by_name = dict(zip(names, given, strict=True))
+    if any(isinstance(tree, Delta) for tree in given):
+        if space == "adapter":
+            raise ValueError(
+                "a Delta is a weight change and cannot be fused in space='adapter'; leave space at 'weight'"
+            )
+        for name, tree in by_name.items():
+            if not isinstance(tree, Delta):
+                raise ValueError(
+                    f"{name!r} is a {type(tree).__name__} but other trees are Deltas; pass one kind"
+                )
+        return _fuse_deltas(method, by_name)
+
+    tree_tools.require_same_structure(by_name)
+    for name, tree in by_name.items():
+        _check(name, tree_tools.paths(tree))
+    if adapted is not None and space == "weight":
+        return _fuse_deltas(method, {name: adapted.deltas(params, tree) for name, tree in by_name.items()})
+    if init is None:
+        return method.apply(tree_tools.stack(by_name))
+    tree_tools.require_same_structure({"init": init, **by_name})
+    moved = {name: jax.tree.map(jnp.subtract, tree, init) for name, tree in by_name.items()}
+    return jax.tree.map(jnp.add, init, method.apply(tree_tools.stack(moved)))
+
+
+def _named(trees: Mapping[str, Tree] | Sequence[Tree]) -> tuple[list[str], list[Tree]]:
+    """Names and trees in the order in which they are combined."""
+    if isinstance(trees, Delta):
+        raise ValueError("fuse takes a mapping name -> tree or a sequence of trees, but was given one Delta")
+    if not trees:
+        raise ValueError(
+            "there is nothing to fuse: no trees were given; pass a mapping name -> tree with at least one"
+        )
+    if isinstance(trees, Mapping):
+        names = sorted(trees)
+        return names, [trees[name] for name in names]
+    return [f"tree {i}" for i in range(len(trees))], list(trees)
+
+
+def _check(name: str, leaves: dict[str, Any]) -> None:
+    """Checks that leaves are floating point, and finite as far as they are known now."""
+    if not leaves:
+        raise ValueError(f"{name!r} has no leaves; there is nothing to combine")
+    known = {}
+    for path, leaf in leaves.items():
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"{name!r}: {path!r} is {jnp.result_type(leaf)}; only floating-point leaves can be combined"
+            )
+        if not isinstance(leaf, jax.core.Tracer):
+            known[path] = leaf
+    if known:
+        # Under jit the known leaves would be traced like the others; evaluating them now keeps the check.
+        with jax.ensure_compile_time_eval():
+            if not bool(jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in known.values()]))):
+                tree_tools.require_finite(known, repr(name))
+
+
+def _fuse_deltas(method: Fusion, changes: dict[str, Delta]) -> Delta:
+    specs: dict[str, tuple[str, Any]] = {}
+    for name, delta in changes.items():
+        _check(name, tree_tools.paths(delta.leaves))
+        for path, change in delta.leaves.items():
+            first, known = specs.setdefault(path, (name, change))
+            if (known.shape, known.dtype) != (change.shape, change.dtype):
+                raise ValueError(
+                    f"the change of {path!r} is {known.dtype}{list(known.shape)} in {first!r} but "
+                    f"{change.dtype}{list(change.shape)} in {name!r}; they cannot be combined"
+                )
+    if method.weights is not None:
+        weights = method.weights(len(changes))
+        return Delta({path: _combine(path, weights, changes) for path in sorted(specs)})
+
+    def stacked(path: str, like: Any) -> jax.Array:
+        zero = jnp.zeros(like.shape, like.dtype)
+        return jnp.stack(
+            [deltas.dense(delta.leaves[path]) if path in delta.leaves else zero for delta in changes.values()]
+        )
+
+    return Delta(method.apply({path: stacked(path, specs[path][1]) for path in sorted(specs)}))
+
+
+def _combine(path: str, weights: jax.Array, changes: dict[str, Delta]) -> Any:
+    """The weighted sum of one parameter's changes, in float32 or wider, stored as the changes were."""
+    present = [
+        (weights[t], delta.leaves[path]) for t, delta in enumerate(changes.values()) if path in delta.leaves
+    ]
+    dtype = present[0][1].dtype
+    wide = wide_dtype(dtype)
+    factors = [weight.astype(wide) for weight, _ in present]
+    total = deltas.weighted_sum([_cast(change, wide) for _, change in present], factors)
+    return _cast(total, dtype)
+
+
+def _cast(change: Any, dtype: Any) -> Any:
+    if isinstance(change, LowRank):
+        return dataclasses.replace(change, a=change.a.astype(dtype), b=change.b.astype(dtype))
+    return change.astype(dtype)

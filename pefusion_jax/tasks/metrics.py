@@ -1,0 +1,137 @@
+"""Losses (one number per example, in JAX) and metrics (one number per split, in NumPy; larger is better)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    r"""Negative log-likelihood of the label under a softmax, per example.
+
+    .. math:: \ell = \log \sum_c e^{z_c} - z_y
+
+    Args:
+      logits: ``[batch, classes]``; padded classes at -1e9 count for nothing.
+      labels: ``[batch]``, integers.
+
+    Returns:
+      ``[batch]``, float32.
+    """
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    r"""Squared distance of the first logit to the target, per example: :math:`\ell = (z_0 - y)^2`.
+
+    Args:
+      logits: ``[batch, width]``; columns after the first are padding.
+      labels: ``[batch]``, floats.
+
+    Returns:
+      ``[batch]``, float32.
+    """
+    return jnp.square(logits[:, 0].astype(jnp.float32) - labels.astype(jnp.float32))
+
+
+def accuracy(logits: Any, labels: Any) -> float:
+    """Share of examples whose largest logit is the label's.
+
+    Args:
+      logits: ``[n, classes]``.
+      labels: ``[n]``, integers.
+    """
+    predicted, labels = _predicted(logits, labels)
+    return float(np.mean(predicted == labels))
+
+
+def macro_f1(logits: Any, labels: Any) -> float:
+    r"""Mean over classes of :math:`2\,tp / (2\,tp + fp + fn)`; classes neither labelled nor predicted do not count.
+
+    Args:
+      logits: ``[n, classes]``.
+      labels: ``[n]``, integers.
+    """
+    predicted, labels = _predicted(logits, labels)
+    scores = []
+    for c in np.union1d(predicted, labels):
+        hit = np.sum((predicted == c) & (labels == c))
+        scores.append(2 * hit / (np.sum(predicted == c) + np.sum(labels == c)))
+    return float(np.mean(scores))
+
+
+def matthews(logits: Any, labels: Any) -> float:
+    r"""Matthews correlation of predicted and true classes, for any number of classes; 0 where it is not defined.
+
+    .. math:: \frac{c\,s - \sum_k p_k t_k}{\sqrt{(s^2 - \sum_k p_k^2)(s^2 - \sum_k t_k^2)}}
+
+    with ``s`` examples, ``c`` of them right, ``p_k`` predicted and ``t_k`` labelled as class ``k``.
+
+    Args:
+      logits: ``[n, classes]``.
+      labels: ``[n]``, integers.
+
+    Reference: J. Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient, 2004.
+    """
+    predicted, labels = _predicted(logits, labels)
+    classes = np.union1d(predicted, labels)
+    p = np.asarray([np.sum(predicted == c) for c in classes], np.float64)
+    t = np.asarray([np.sum(labels == c) for c in classes], np.float64)
+    s, right = float(len(labels)), float(np.sum(predicted == labels))
+    spread = (s * s - np.sum(p * p)) * (s * s - np.sum(t * t))
+    return float((right * s - np.sum(p * t)) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+def pearson(logits: Any, labels: Any) -> float:
+    """Correlation of the first logit with the target; 0 where one of them is constant.
+
+    Args:
+      logits: ``[n, width]`` or ``[n]``.
+      labels: ``[n]``, floats.
+    """
+    return _correlation(*_scores(logits, labels))
+
+
+def spearman(logits: Any, labels: Any) -> float:
+    """Correlation of the ranks of the first logit and the target, ties at their mean rank; 0 where one is constant.
+
+    Args:
+      logits: ``[n, width]`` or ``[n]``.
+      labels: ``[n]``, floats.
+    """
+    first, second = _scores(logits, labels)
+    return _correlation(_ranks(first), _ranks(second))
+
+
+def _predicted(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
+        raise ValueError(f"logits {logits.shape} and labels {labels.shape} must be [n, classes] and [n] with n > 0")
+    if np.isnan(logits).any():
+        raise ValueError(f"logits of {int(np.isnan(logits).any(axis=1).sum())} of {len(labels)} examples are not numbers")
+    return np.argmax(logits, axis=-1), labels
+
+
+def _scores(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
+    scores = logits[:, 0] if logits.ndim == 2 else logits
+    if labels.ndim != 1 or scores.shape != labels.shape or not len(labels):
+        raise ValueError(f"logits {logits.shape} and labels {labels.shape} must be [n, width] and [n] with n > 0")
+    return scores, labels
+
+
+def _correlation(one: np.ndarray, two: np.ndarray) -> float:
+    one, two = one - one.mean(), two - two.mean()
+    scale = np.sqrt(np.sum(one * one) * np.sum(two * two))
+    return float(np.sum(one * two) / scale) if scale > 0 else 0.0
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
