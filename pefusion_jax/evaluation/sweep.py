@@ -1,4 +1,4 @@
-r"""Sweeps over coefficients: exact ones on cached outputs for affine models, and the ordinary way for all others.
+r"""Sweeps over coefficients: exact on cached outputs for affine models, the ordinary way for all others.
 
 A network-linear model is affine in its displacement,
 
@@ -6,8 +6,8 @@ A network-linear model is affine in its displacement,
 
 and a head's features are linear in the outputs. So the features of :math:`f_0` and of each :math:`J \tau_t`,
 which cost
-:math:`T + 1` forward passes, give the exact features at every coefficient vector: every subset of tasks at every scale is
-arithmetic on arrays ``[examples, d]``.
+:math:`T + 1` forward passes, give the exact features at every coefficient vector: every subset at every scale
+is arithmetic on arrays ``[examples, d]``.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Best(NamedTuple):
     """The best point of a sweep.
 
     Attributes:
-      index: its row.
+      point: its row.
       coefficients: ``[task vectors]``.
       score: what it was chosen by: mean (normalized) score over tasks.
     """
 
-    index: int
+    point: int
     coefficients: np.ndarray
     score: float
 
@@ -89,8 +89,8 @@ def cache_outputs(
     """
     if adapted.pushforward is None:
         raise ValueError(
-            "this model is not affine in its adapters, so its outputs cannot be combined; linearize it with mode='network' "
-            "or 'weight', or use sweep_trees"
+            "this model is not affine in its adapters, so its outputs cannot be combined; linearize it with "
+            "mode='network' or 'weight', or use sweep_trees"
         )
     by_name = named_tasks(tasks)
     names = tuple(sorted(taus))
@@ -109,8 +109,8 @@ def cache_outputs(
             batches += 1
         if not max(nonlinearity) < 1e-3:
             raise ValueError(
-                f"task {task_name!r}: its head's features are not linear in the model's outputs (relative error "
-                f"{max(nonlinearity):.2g}), or not finite; move the non-linear part into the head's logits"
+                f"task {task_name!r}: its head's features are not finite or not linear in its outputs "
+                f"(relative error {max(nonlinearity):.2g}); move the non-linear part into the head's logits"
             )
         base[task_name], moved[task_name] = np.concatenate(primal), np.concatenate(tangent, axis=1)
         labels[task_name] = np.concatenate(kept)
@@ -143,8 +143,8 @@ def sweep(
     points = np.asarray(coefficients, np.float32)
     if points.ndim != 2 or points.shape[1] != len(cached.names) or not len(points):
         raise ValueError(
-            f"coefficients have shape {points.shape}; needed is [point, {len(cached.names)}], one column for each of "
-            f"{', '.join(cached.names)}"
+            f"coefficients have shape {points.shape}; needed is [point, {len(cached.names)}], one column for "
+            f"each of {', '.join(cached.names)}"
         )
     if not np.isfinite(points).all():
         raise ValueError("coefficients must be finite")
@@ -181,7 +181,9 @@ def subset_grid(count: int, values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def best_coefficients(
-    coefficients: Any, scores: np.ndarray, reference: Sequence[float] | np.ndarray | None = None
+    coefficients: Any,
+    scores: np.ndarray,
+    reference: Mapping[str, float] | Sequence[float] | np.ndarray | None = None,
 ) -> Best:
     r"""The point with the best mean normalized score, :math:`\arg\max_p \frac1K \sum_k s_{p,k} / r_k`.
 
@@ -231,7 +233,7 @@ def sweep_trees(
     split: str = "validation",
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Scores every point by fusing and running the model, which every model allows; compiled once for all points.
+    """Scores every point by fusing and running the model, which every model allows; compiled once.
 
     Args:
       adapted, params, split, batch_size: as in :func:`~pefusion_jax.evaluation.evaluate`.

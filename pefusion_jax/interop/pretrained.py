@@ -52,21 +52,25 @@ def load_pretrained(
         raise ValueError(f"dtype must be a floating dtype such as bfloat16, not {dtype}")
     folder = hub.locate(name_or_path, revision).path
     config = read_config(folder)
-    build = _FAMILIES.get(config.get("model_type"))
-    if build is None:
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise ValueError(
-            f"{folder / hub.CONFIG}: model_type={config.get('model_type')!r} is not implemented; "
-            f"implemented: {', '.join(_FAMILIES)}"
+            f"{folder / hub.CONFIG}: model_type={family!r} is not implemented; implemented: {', '.join(_FAMILIES)}"
         )
     path = weights_path(folder)
     tensors = load_safetensors(path)
     check_finite(tensors, path)
     try:
-        return build(config, tensors, dtype, scan_layers, remat)
-    except WeightFileError:
-        raise
+        model, params = _FAMILIES[family](config, tensors, dtype, scan_layers, remat)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    overflown = [name for name, leaf in trees.flat(params).items() if not bool(jnp.isfinite(leaf).all())]
+    if overflown:
+        raise WeightFileError(
+            path, f"weights are not finite in {dtype}, but are as stored", tensor=overflown[0],
+            expected=f"at most {jnp.finfo(dtype).max}", remedy="load with dtype=bfloat16 or float32",
+        )
+    return model, params
 
 
 def _build_bert(
@@ -80,13 +84,14 @@ def _build_bert(
                 "of a model with another head, save it alone: model.base_model.save_pretrained(NEW_FOLDER)"
             )
     config = bert.BertConfig.from_dict(raw, tensors)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), bert.params_from_hf(tensors, config))
+    with np.errstate(over="ignore"):  # load_pretrained reports overflow by name
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), bert.params_from_hf(tensors, config))
     model = bert.Bert(config, dtype=dtype, scan_layers=scan_layers, remat=remat)
     return model, bert.stack_layers(params) if scan_layers else params
 
 
 # model_type -> (config.json, tensors, dtype, scan_layers, remat) -> (model, params)
-_FAMILIES: dict[Any, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {"bert": _build_bert}
+_FAMILIES: dict[str, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {"bert": _build_bert}
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Any:

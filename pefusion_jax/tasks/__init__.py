@@ -4,6 +4,7 @@ from pefusion_jax.tasks.heads import (
     base_features,
     cls_features,
     cosine_logits,
+    features_of,
     linear_head,
     linear_logits,
     mean_pool_features,
@@ -27,11 +28,11 @@ from pefusion_jax.tasks.sources import (
     folder_task_source,
     jsonl_source,
     parquet_source,
-    tfds_source,
 )
 from pefusion_jax.tasks.suites import base_apply, embedded_tasks, folder_task, text_task
 from pefusion_jax.tasks.task import Batch, Head, Task, eval_batches, train_batch
 from pefusion_jax.tasks.text import TextEncoder
+from pefusion_jax.tasks.tfds import TfdsExamples, tfds_source
 
 __all__ = [
     "Batch",
@@ -40,6 +41,7 @@ __all__ = [
     "Labelled",
     "Task",
     "TextEncoder",
+    "TfdsExamples",
     "accuracy",
     "base_apply",
     "base_features",
@@ -51,6 +53,7 @@ __all__ = [
     "embedded_path",
     "embedded_tasks",
     "eval_batches",
+    "features_of",
     "folder_task",
     "folder_task_source",
     "jsonl_source",

@@ -126,7 +126,7 @@ def linear_head(
     num_classes: int,
     *,
     pad_to: int = 32,
-    l2: float = 1e-2,
+    l2: float = 0.1,
     steps: int = 100,
     features: Callable[..., jax.Array] = mean_pool_features,
 ) -> Head:
@@ -207,9 +207,7 @@ def _logistic(x: jax.Array, y: jax.Array, weights: jax.Array, padding: jax.Array
     return params
 
 
-def base_features(
-    apply: Callable[..., Any], params: Any, encoder: Any, examples: Sequence[Any], **options: Any
-) -> np.ndarray:
+def base_features(apply: Callable[..., Any], params: Any, encoder: Any, examples: Sequence[Any], **options: Any) -> np.ndarray:
     """Features of examples under the base model, ``[n, d]``: :func:`features_of` on what a ``TextEncoder`` makes of them."""
     return features_of(apply, params, encoder.padded(examples), encoder.trim, **options)
 

@@ -1,4 +1,4 @@
-"""Where examples come from: JSON lines, CSV, Parquet, folders of these, TensorFlow Datasets, and the committed extract.
+"""Where examples come from: JSON lines, CSV, Parquet, folders of these, and the committed extract.
 
 Every source is a random-access sequence of dictionaries that knows where each row stands: ``where(3)`` is
 ``"reviews/train.csv, line 5"``, and errors about a row say so.
@@ -57,9 +57,11 @@ def _text(path: Path) -> Iterator[TextIO]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there")
     try:
-        with gzip.open(path, "rt", encoding="utf-8-sig", newline="") if path.suffix == ".gz" else open(
-            path, encoding="utf-8-sig", newline=""
-        ) as file:
+        with (
+            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+            if path.suffix == ".gz"
+            else open(path, encoding="utf-8-sig", newline="") as file
+        ):
             yield file
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); convert it, for instance with iconv -t utf-8") from error
@@ -85,7 +87,7 @@ def jsonl_source(path: PathLike) -> Examples:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}): {line.strip()!r:.80}") from error
             if not isinstance(record, dict):
-                raise ValueError(f'{path}, line {number}: expected an object like {{"text": ..., "label": 0}}, got {line!r:.80}')
+                raise ValueError(f'{path}, line {number}: expected an object like {{"text": ..., "label": 0}}: {line!r:.80}')
             records.append(record)
             numbers.append(number)
     return Examples(records, str(path), numbers)
@@ -273,92 +275,6 @@ def _classes(train: Examples) -> tuple[str, ...]:
     raise ValueError(f"{train.source}: labels are {' and '.join(kinds)}; make them all names, or all numbers")
 
 
-@dataclass(frozen=True, eq=False)
-class TfdsExamples(Sequence[dict[str, Any]]):
-    """Examples of a TensorFlow Datasets split, read one by one; texts are ``str``, all else as TFDS gives it.
-
-    Attributes:
-      data: the TFDS data source.
-      source: name and split.
-      texts: names of the features that hold text.
-      classes: class names of each feature that is a class label.
-    """
-
-    data: Sequence[Any]
-    source: str
-    texts: frozenset[str]
-    classes: dict[str, tuple[str, ...]]
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        example = self.data[range(len(self))[index]]
-        return {
-            name: value.decode("utf-8") if name in self.texts and isinstance(value, bytes) else value
-            for name, value in example.items()
-        }
-
-    def where(self, index: int) -> str:
-        """Place of a row, in words."""
-        return f"{self.source}, example {index}"
-
-
-def tfds_source(
-    name: Any, split: str, *, data_dir: PathLike | None = None, download: bool = True
-) -> TfdsExamples:
-    """Opens a TensorFlow Datasets split for random access, without TensorFlow.
-
-    Args:
-      name: such as ``"mnist"`` or ``"glue/mrpc"``, or a builder object.
-      split: such as ``"train"`` or ``"train[:10%]"``.
-      data_dir: where TFDS keeps its data, if not in its default place.
-      download: whether the data may be downloaded and prepared.
-
-    Raises:
-      ImportError: if tensorflow-datasets is not installed.
-      ValueError: if there is no such data set or split, or it was prepared in a format without random access.
-    """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError("tfds_source needs TensorFlow Datasets: pip install tensorflow-datasets") from error
-    builder = name
-    if isinstance(name, str):
-        if name.split("/")[0] == "glue":
-            # Without TensorFlow the class is shipped but not registered until its module is imported.
-            from tensorflow_datasets.text import glue  # noqa: F401
-        try:
-            builder = tfds.builder(
-                name, data_dir=None if data_dir is None else os.fspath(data_dir), file_format="array_record"
-            )
-        except tfds.core.registered.DatasetNotFoundError as error:
-            raise ValueError(f"TensorFlow Datasets has no {name!r}: {error}") from error
-    if download:
-        builder.download_and_prepare()
-    file_format = getattr(builder.info.file_format, "value", None)
-    if file_format != "array_record":
-        # Parquet would ignore slices without a word, tfrecord needs TensorFlow.
-        raise ValueError(
-            f"{builder.info.full_name} is stored as {file_format}; prepare it with file_format='array_record', "
-            "for instance in another data_dir"
-        )
-    features = builder.info.features
-    try:
-        data = builder.as_data_source(split=split)
-    except (ValueError, KeyError) as error:
-        there = ", ".join(builder.info.splits)
-        raise ValueError(f"{builder.info.full_name} has no split {split!r}; it has: {there or 'none yet'}") from error
-    return TfdsExamples(
-        data,
-        f"tfds {builder.info.full_name}, split {split}",
-        frozenset(key for key, feature in features.items() if isinstance(feature, tfds.features.Text)),
-        {key: tuple(f.names) for key, f in features.items() if isinstance(f, tfds.features.ClassLabel) and f.names},
-    )
-
-
 def embedded_path(path: PathLike | None = None) -> Path:
     """The folder of the extract that is committed with the project: ``path``, else ``$PEFUSION_EMBEDDED``, else where it is.
 
@@ -368,9 +284,7 @@ def embedded_path(path: PathLike | None = None) -> Path:
     asked = path if path is not None else os.environ.get("PEFUSION_EMBEDDED")
     package = importlib.resources.files("pefusion_jax")
     places = (
-        [Path(asked)]
-        if asked
-        else [Path(str(package)).parent / "experiments" / "embedded", Path(str(package / "_embedded"))]
+        [Path(asked)] if asked else [Path(str(package)).parent / "experiments" / "embedded", Path(str(package / "_embedded"))]
     )
     for place in places:
         if any(place.glob("*/task.json")):
@@ -402,17 +316,3 @@ def embedded(name: str = "all", *, path: PathLike | None = None) -> Any:
     if name not in names:
         raise ValueError(f"there is no embedded task {name!r}; there are: {', '.join(names)}")
     return folder_task_source(root / name)
-
-
-__all__ = [
-    "Examples",
-    "Labelled",
-    "TfdsExamples",
-    "csv_source",
-    "embedded",
-    "embedded_path",
-    "folder_task_source",
-    "jsonl_source",
-    "parquet_source",
-    "tfds_source",
-]

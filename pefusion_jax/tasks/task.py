@@ -133,9 +133,7 @@ class Task:
         elif self.label in example:
             value = example[self.label]
         else:
-            raise ValueError(
-                f"no field {self.label!r}, there are {sorted(example)}; name the label's field in Task(label=...)"
-            )
+            raise ValueError(f"no field {self.label!r}, there are {sorted(example)}; name the label's field in Task(label=...)")
         if isinstance(value, np.ndarray) and value.ndim == 0:
             value = value[()]
         if not self.classes:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from pefusion_jax.interop import safetensors
 
 # Recorded, but not a reason to refuse: another version may well go on with the state.
 _INFORMATIVE = ("versions",)
+_REMOVED = ".removed"
 
 
 def structure(tree: Any) -> dict[str, str]:
@@ -45,11 +48,12 @@ def save(directory: str | os.PathLike[str], step: int, state: Any, metadata: Map
 
     if keep < 1:
         raise ValueError(f"keep={keep} must be 1 or more")
+    root = Path(directory).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    # Orbax wants every process here, and lets the first one write.
+    ocp.save(root / str(step), _plain(state), overwrite=True, custom_metadata={**metadata, "keys": _key_names(state)})
     if jax.process_index() == 0:
-        stored = {**metadata, "keys": _key_names(state)}
-        newest = ocp.training.preservation_policies.LatestN(keep)
-        with _open(directory, preservation_policy=newest, cleanup_tmp_directories=True) as checkpointer:
-            checkpointer.save(step, _plain(state), force=True, overwrite=True, custom_metadata=stored)
+        _remove(root, _steps(root)[:-keep])
 
 
 def restore_latest(
@@ -68,52 +72,55 @@ def restore_latest(
     Raises:
       ValueError: if the newest state belongs to something else (naming what differs) or cannot be read.
     """
-    if not Path(directory).is_dir():
+    from orbax.checkpoint import v1 as ocp
+
+    root = Path(directory).absolute()
+    steps = _steps(root)
+    if not steps:
         return None
-    with _open(directory) as checkpointer:
-        latest = checkpointer.latest
-        if latest is None:
-            return None
-        where = f"the checkpoint {Path(directory) / str(latest.step)}"
-        remedy = "remove the folder, pass resume=False to replace what it holds, or pass another checkpoint_dir"
-        # Orbax's errors are of many kinds; whichever it is, the folder does not hold a state that could be used.
-        try:
-            stored = checkpointer.metadata(latest.step).custom_metadata
-        except Exception as error:
-            raise ValueError(f"{where} cannot be read: {error}; {remedy}") from error
-        expected = json.loads(json.dumps({**metadata, "keys": _key_names(abstract_state)}))
-        differing = _differences("", stored or {}, expected)
-        if differing:
-            raise ValueError(f"{where} belongs to another run: {'; '.join(differing)}. To start anew, {remedy}")
-        try:
-            plain = checkpointer.load(latest.step, _plain(abstract_state))
-        except Exception as error:
-            raise ValueError(f"{where} cannot be read: {error}; {remedy}") from error
+    path = root / str(steps[-1])
+    remedy = f"remove {root}, pass resume=False to replace what it holds, or pass another checkpoint_dir"
+    expected = json.loads(json.dumps({**metadata, "keys": _key_names(abstract_state)}))
+    # Orbax's errors are of many kinds; whichever it is, the folder does not hold a state that could be used.
+    try:
+        stored = ocp.metadata(path).custom_metadata
+    except Exception as error:
+        raise ValueError(f"the checkpoint {path} cannot be read: {error}; {remedy}") from error
+    differing = _differences("", stored or {}, expected)
+    if differing:
+        raise ValueError(f"the checkpoint {path} belongs to another run: {'; '.join(differing)}. To start anew, {remedy}")
+    try:
+        plain = ocp.load(path, _plain(abstract_state))
+    except Exception as error:
+        raise ValueError(f"the checkpoint {path} cannot be read: {error}; {remedy}") from error
     leaves = [
         jax.random.wrap_key_data(jnp.asarray(plain[path]), impl=expected["keys"][path])
         if path in expected["keys"]
         else np.asarray(plain[path])
         for path in trees.paths(abstract_state)
     ]
-    return int(latest.step), jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+    return steps[-1], jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
 
 
 def clear(directory: str | os.PathLike[str]) -> None:
     """Removes all states of a folder; files of other kinds stay."""
-    if jax.process_index() == 0 and Path(directory).is_dir():
-        with _open(directory) as checkpointer:
-            for checkpoint in checkpointer.checkpoints:
-                checkpointer.delete(checkpoint.step)
+    root = Path(directory).absolute()
+    if jax.process_index() == 0:
+        _remove(root, _steps(root))
 
 
-def _open(directory: str | os.PathLike[str], **options: Any) -> Any:
-    from orbax.checkpoint import v1 as ocp
+def _steps(root: Path) -> list[int]:
+    """The complete states of a folder, oldest first. Orbax renames a folder to its number when it is complete."""
+    return sorted(int(path.name) for path in root.glob("*") if path.name.isdecimal() and path.is_dir())
 
-    # The state is the same in every process, so each works alone: the first one writes, all of them read.
-    index = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index}, barrier_sync_key_prefix=str(index))
-    context = ocp.Context(multiprocessing_options=alone if jax.process_count() > 1 else None)
-    return ocp.training.Checkpointer(Path(directory).absolute(), context=context, **options)
+
+def _remove(root: Path, steps: list[int]) -> None:
+    """Removes states, and what a killed process left half written or half removed. A state disappears at once."""
+    for step in steps:
+        (root / str(step)).rename(root / f"{step}{_REMOVED}")
+    for path in root.glob("*"):
+        if path.is_dir() and re.fullmatch(rf"\d+({re.escape(_REMOVED)}|\.orbax-checkpoint-tmp.*)", path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_key(leaf: Any) -> bool:
@@ -162,7 +169,7 @@ def save_adapters(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str
     leaves = trees.flat(tree)
     if not leaves:
         raise ValueError(f"{path}: the tree holds no adapters; pass what init or finetune returned")
-    if structure(trees.nest(leaves)).keys() != structure(tree).keys() or trees.flat(trees.nest(leaves)).keys() != leaves.keys():
+    if not _plain_keys(tree):
         raise ValueError(f"{path}: adapters are nested dictionaries with string keys without slashes")
     for name, leaf in leaves.items():
         if not hasattr(leaf, "dtype"):
@@ -171,6 +178,13 @@ def save_adapters(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str
     path.parent.mkdir(parents=True, exist_ok=True)
     strings = {key: json.dumps(value, sort_keys=True) for key, value in (metadata or {}).items()}
     safetensors.save_safetensors(path, jax.device_get(leaves), strings)
+
+
+def _plain_keys(tree: Any) -> bool:
+    """Whether the slash paths of a nested dictionary lead back to it."""
+    return not isinstance(tree, Mapping) or all(
+        isinstance(key, str) and key and "/" not in key and _plain_keys(value) for key, value in tree.items()
+    )
 
 
 def load_adapters(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:

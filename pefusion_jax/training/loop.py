@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import signal
@@ -204,7 +205,7 @@ def finetune(
                         best = (np.full((), score, np.float32), parallel.unreplicate(state.adapters))
                 if checkpoint_dir is None:
                     continue
-                stop = _agreed(asked, done % log_every == 0 or done == steps)
+                stop = _agreed(asked)
                 if stop or done % checkpoint_every == 0 or done == steps:
                     monitor.flush()  # a state is saved only after every step in it is known to be finite
                     checkpoint.save(checkpoint_dir, done, (parallel.unreplicate(state), best), belongs, keep=keep)
@@ -259,14 +260,17 @@ def _belongs(params: Any, adapters: Any, trained: Any, task: Any, seed: int, con
 
 @contextmanager
 def _sigterm(enabled: bool) -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM into a flag while the body runs. Only the main thread may do that; elsewhere the flag stays down."""
+    """Turns SIGTERM into a flag while the body runs. Only the main thread may do that; elsewhere the flag stays down.
+
+    With several processes JAX itself listens for the signal, see :func:`_agreed`.
+    """
     received = False
 
     def receive(number: int, frame: Any) -> None:
         nonlocal received
         received = True
 
-    if not enabled or threading.current_thread() is not threading.main_thread():
+    if not enabled or jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     previous = signal.signal(signal.SIGTERM, receive)
@@ -282,15 +286,17 @@ def _sigterm(enabled: bool) -> Iterator[Callable[[], bool]]:
             signal.raise_signal(signal.SIGTERM)  # it came too late to be acted on here
 
 
-def _agreed(asked: Callable[[], bool], due: bool) -> bool:
-    """Whether to stop. Several processes must stop at the same step: they ask one another, at every log step only."""
+# Several processes agree on a step by number. Counting over all runs of the process keeps the numbers of two runs apart.
+_CALLS = itertools.count()
+
+
+def _agreed(asked: Callable[[], bool]) -> bool:
+    """Whether to stop after this step, the same answer in every process. All of them call this after every step."""
     if jax.process_count() == 1:
         return asked()
-    if not due:
-        return False
-    from jax.experimental.multihost_utils import process_allgather
+    from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-    return bool(np.any(process_allgather(np.asarray(asked()))))
+    return reached_preemption_sync_point(next(_CALLS))
 
 
 @functools.lru_cache(maxsize=64)

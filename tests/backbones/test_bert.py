@@ -17,19 +17,19 @@ from pefusion_jax.backbones import bert
 from pefusion_jax.interop import load_pretrained, load_safetensors, load_tokenizer, locate, save_safetensors
 
 BASE = dict(
-    vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
+    vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
     max_position_embeddings=16, type_vocab_size=2, attn_implementation="eager",
 )
 VARIANTS = {
     "plain": {},
     "odd heads": dict(hidden_size=30, num_attention_heads=3, num_hidden_layers=1),
-    "large eps": dict(layer_norm_eps=0.05),
-    "relu": dict(hidden_act="relu"),
-    "gelu_new": dict(hidden_act="gelu_new", num_attention_heads=1),
-    "gelu_pytorch_tanh": dict(hidden_act="gelu_pytorch_tanh", num_hidden_layers=2),
+    "large eps": dict(layer_norm_eps=0.05, num_hidden_layers=1),
+    "relu": dict(hidden_act="relu", num_hidden_layers=1),
+    "gelu_new": dict(hidden_act="gelu_new", num_attention_heads=1, num_hidden_layers=1),
+    "gelu_pytorch_tanh": dict(hidden_act="gelu_pytorch_tanh", num_hidden_layers=1),
     "silu": dict(hidden_act="silu", num_hidden_layers=1),
     "tanh": dict(hidden_act="tanh", num_hidden_layers=1),
-    "one token type": dict(type_vocab_size=1, num_hidden_layers=2),
+    "one token type": dict(type_vocab_size=1, num_hidden_layers=1),
     "no pooler": dict(pooler=False),
     "masked LM": dict(masked_lm=True),
     "short positions": dict(max_position_embeddings=7),
@@ -108,24 +108,24 @@ def test_a_row_without_a_kept_token_is_finite_and_as_in_transformers(folder):
     mask = MASK.copy()
     mask[1] = 0
     model, params = load_pretrained(folder("plain"))
-    got = model.apply({"params": params}, IDS, mask)
+    got = jax.jit(model.apply)({"params": params}, IDS, mask)
     assert furthest(got.last_hidden_state, theirs(tiny("plain"), input_ids=IDS, attention_mask=mask)[0]) <= 1e-5
 
 
 def test_positions_and_defaults(folder):
     model, params = load_pretrained(folder("plain"))
-    apply = functools.partial(model.apply, {"params": params})
+    apply = functools.partial(jax.jit(model.apply), {"params": params})
     positions = np.array([[5, 4, 3, 2, 1, 0, 9]], np.int32)
     want = theirs(tiny("plain"), input_ids=IDS, position_ids=positions)
     assert furthest(apply(IDS, position_ids=positions).last_hidden_state, want[0]) <= 1e-5
     everything = apply(IDS, np.ones_like(IDS), np.zeros_like(IDS), np.arange(7, dtype=np.int32)[None].repeat(3, 0))
-    for same in (apply(IDS), apply({"input_ids": IDS}), apply(IDS.astype(np.int64), np.ones(IDS.shape, bool))):
-        np.testing.assert_allclose(same.last_hidden_state, everything.last_hidden_state, atol=1e-6, rtol=0)
-    # What comes after the last kept token cannot change what comes before.
+    for args in ((IDS,), ({"input_ids": IDS},), (IDS.astype(np.int64), np.ones(IDS.shape, bool))):
+        np.testing.assert_allclose(apply(*args)[0], everything.last_hidden_state, atol=1e-5, rtol=0)
+    # Tokens that the mask hides cannot change the others.
     other = np.where(MASK == 1, IDS, 7)
     kept = MASK[..., None] == 1
     a, b = (np.asarray(apply(ids, MASK).last_hidden_state) for ids in (IDS, other))
-    np.testing.assert_allclose(np.where(kept, a, 0), np.where(kept, b, 0), atol=1e-6, rtol=0)
+    np.testing.assert_array_equal(np.where(kept, a, 0), np.where(kept, b, 0))
 
 
 @pytest.mark.parametrize(
@@ -146,46 +146,39 @@ def test_wrong_inputs_are_named(args, message, folder):
         model.apply({"params": params}, *args)
 
 
-def loss(model, params, **options):
-    out = model.apply({"params": params}, IDS, MASK, output_hidden_states=True, **options)
+def loss(model, params):
+    out = model.apply({"params": params}, IDS, MASK, output_hidden_states=True)
     return sum(jnp.sum(jnp.sin(hidden)) for hidden in out.hidden_states), out
 
 
-@pytest.mark.parametrize("variant", ["plain", "masked LM"])
-def test_loop_scan_and_remat_are_one_model(variant, folder):
-    _, params = load_pretrained(folder(variant))
-    (_, want), want_grad = jax.value_and_grad(
-        lambda p: loss(load_pretrained(folder(variant))[0], p), has_aux=True
-    )(params)
-    for scan_layers, remat in ((False, True), (True, False), (True, True)):
-        model, own = load_pretrained(folder(variant), scan_layers=scan_layers, remat=remat)
-        assert jax.tree.structure(own) == jax.tree.structure(bert.stack_layers(params) if scan_layers else params)
-        (_, got), grad = jax.jit(jax.value_and_grad(lambda p, model=model: loss(model, p), has_aux=True))(own)
-        assert jax.tree.structure(got) == jax.tree.structure(want)
-        for ours, reference in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(ours, reference, atol=1e-5, rtol=0)
-        # Sums over 3 x 7 x 4 outputs: the bound is relative to the gradient's size.
-        for (path, ours), reference in zip(
-            trees.paths(bert.unstack_layers(grad)).items(), trees.paths(want_grad).values(), strict=True
-        ):
-            np.testing.assert_allclose(ours, reference, atol=2e-5 * max(1, np.abs(reference).max()), rtol=0, err_msg=path)
-
-
-def test_gradients_agree_with_torch(folder):
-    reference = tiny("plain")
+def test_loop_scan_and_remat_are_one_model_with_the_gradients_of_torch(folder):
+    reference = tiny("masked LM")
     reference.zero_grad()
     out = reference(torch.tensor(IDS), attention_mask=torch.tensor(MASK), output_hidden_states=True)
     sum(hidden.sin().sum() for hidden in out.hidden_states).backward()
-    model, params = load_pretrained(folder("plain"))
-    grad = bert.params_to_hf(jax.jit(jax.grad(lambda p: loss(model, p)[0]))(params), model.config)
-    for name, parameter in reference.named_parameters():
-        if not name.startswith("pooler"):
-            scale = max(1.0, float(parameter.grad.abs().max()))
-            # transformers never trains the padding token's embedding; it does not occur in these ids.
-            np.testing.assert_allclose(grad[name], parameter.grad.numpy(), atol=2e-5 * scale, rtol=0, err_msg=name)
+    torch_grad = {name: p.grad.numpy() for name, p in reference.named_parameters() if p.grad is not None}
+    assert len(torch_grad) == 5 + 2 * 16  # everything but the head
+
+    plain, params = load_pretrained(folder("masked LM"))
+    _, want = jax.jit(lambda p: loss(plain, p))(params)
+    for scan_layers, remat in ((False, False), (False, True), (True, False), (True, True)):
+        model, own = load_pretrained(folder("masked LM"), scan_layers=scan_layers, remat=remat)
+        assert jax.tree.structure(own) == jax.tree.structure(bert.stack_layers(params) if scan_layers else params)
+        if remat or not scan_layers:
+            (_, got), grad = jax.jit(jax.value_and_grad(lambda p, model=model: loss(model, p), has_aux=True))(own)
+            ours = bert.params_to_hf(grad, model.config)
+            for name, array in torch_grad.items():
+                # Sums over all outputs: the bound is relative to the gradient's size.
+                bound = 2e-5 * max(1.0, float(np.abs(array).max()))
+                np.testing.assert_allclose(ours[name], array, atol=bound, rtol=0, err_msg=name)
+        else:
+            _, got = jax.jit(lambda p, model=model: loss(model, p))(own)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True}])
+@pytest.mark.parametrize("options", [{}, {"scan_layers": True, "remat": True}])
 def test_jvp_is_the_finite_difference(options, folder, key):
     model, params = load_pretrained(folder("plain"), **options)
     leaves, structure = jax.tree.flatten(params)
@@ -197,43 +190,39 @@ def test_jvp_is_the_finite_difference(options, folder, key):
         moved = jax.tree.map(lambda p, t: p + scale * t, params, tangent)
         return model.apply({"params": moved}, IDS, MASK).last_hidden_state
 
-    _, got = jax.jvp(f, (jnp.float32(0),), (jnp.float32(1),))
+    got = jax.jit(lambda: jax.jvp(f, (jnp.float32(0),), (jnp.float32(1),))[1])()
     step = 1e-2
     # Fourth-order central difference: float32 rounding limits it to about 1e-4.
     fd = (8 * (f(step) - f(-step)) - (f(2 * step) - f(-2 * step))) / (12 * step)
     np.testing.assert_allclose(got, fd, atol=1e-3 * float(jnp.abs(got).max()), rtol=0)
-    # Forward over reverse, which the Fisher information and second-order checks need.
-    hvp = jax.jvp(jax.grad(lambda s: jnp.sum(jnp.sin(f(s)))), (jnp.float32(0),), (jnp.float32(1),))[1]
-    assert jnp.isfinite(hvp)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_bfloat16_computes_in_bfloat16(scan_layers, folder):
-    exact = tiny("masked LM")
-    want = theirs(exact, input_ids=IDS, attention_mask=MASK)
+    want = theirs(tiny("masked LM"), input_ids=IDS, attention_mask=MASK)
     model, params = load_pretrained(folder("masked LM"), dtype=jnp.bfloat16, scan_layers=scan_layers)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     for tree in (params, wide):  # parameters may stay float32 under a bfloat16 computation
-        got = model.apply({"params": tree}, IDS, MASK)
+        got = jax.jit(model.apply)({"params": tree}, IDS, MASK)
         assert got.last_hidden_state.dtype == got.logits.dtype == jnp.bfloat16
         assert furthest(got.last_hidden_state, want.hidden_states[-1]) < 0.15
 
 
-def test_dropout_is_off_by_default_and_needs_a_key(folder, key):
-    for scan_layers in (False, True):
-        model, params = load_pretrained(folder("plain"), scan_layers=scan_layers)
-        variables = {"params": params}
-        still = model.apply(variables, IDS, MASK).last_hidden_state
-        one, again, two = (
-            model.apply(variables, IDS, MASK, deterministic=False, rngs={"dropout": jax.random.fold_in(key, i)})[0]
-            for i in (0, 0, 1)
-        )
-        np.testing.assert_array_equal(one, again)
-        assert jnp.abs(one - two).max() > 0.1 and jnp.abs(one - still).max() > 0.1
-        config = dataclasses.replace(model.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        quiet = model.clone(config=config).apply(variables, IDS, MASK, deterministic=False, rngs={"dropout": key})
-        np.testing.assert_array_equal(quiet.last_hidden_state, still)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_dropout_is_off_by_default_and_needs_a_key(scan_layers, folder, key):
+    model, params = load_pretrained(folder("relu"), scan_layers=scan_layers)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def noisy(model, key):
+        return model.apply({"params": params}, IDS, MASK, deterministic=False, rngs={"dropout": key})[0]
+
+    still = jax.jit(model.apply)({"params": params}, IDS, MASK).last_hidden_state
+    one, again, two = (noisy(model, jax.random.fold_in(key, i)) for i in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert jnp.abs(one - two).max() > 0.1 and jnp.abs(one - still).max() > 0.1
+    config = dataclasses.replace(model.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    np.testing.assert_allclose(noisy(model.clone(config=config), key), still, atol=1e-5, rtol=0)
 
 
 TAPS = """attention/self/tap_query attention/self/tap_key attention/self/tap_value attention/self/tap_context
@@ -252,14 +241,15 @@ def test_taps_stand_where_they_say(folder):
 
     with nn.intercept_methods(record):
         got = model.apply({"params": params}, IDS, MASK, output_hidden_states=True)
-    assert set(seen) == {f"encoder/layer/{layer}/{tap}" for layer in range(3) for tap in TAPS}
-    for layer in range(3):
+    assert set(seen) == {f"encoder/layer/{layer}/{tap}" for layer in range(2) for tap in TAPS}
+    for layer in range(2):
         np.testing.assert_array_equal(seen[f"encoder/layer/{layer}/tap_block"], got.hidden_states[layer + 1])
     at = {tap: seen[f"encoder/layer/1/{tap}"] for tap in TAPS}
     own, x = params["encoder"]["layer"]["1"], got.hidden_states[1]
     linear = lambda p, y: y @ p["kernel"] + p["bias"][None, None]  # noqa: E731
     np.testing.assert_allclose(at["attention/self/tap_key"], linear(own["attention"]["self"]["key"], x), atol=1e-5)
-    np.testing.assert_allclose(at["output/tap_output"], linear(own["output"]["dense"], at["intermediate/tap_hidden"]), atol=1e-5)
+    want = linear(own["output"]["dense"], at["intermediate/tap_hidden"])
+    np.testing.assert_allclose(at["output/tap_output"], want, atol=1e-5)
     q, k, v = (np.asarray(at[f"attention/self/tap_{n}"]).reshape(3, 7, 4, 6) for n in ("query", "key", "value"))
     scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(6)
     weights = torch.tensor(np.where(MASK[:, None, None] == 1, scores, -np.inf)).softmax(-1).numpy()
@@ -293,14 +283,13 @@ def test_taps_on_key_and_value_may_prepend_positions(scan_layers, folder):
     try:
         keep = np.concatenate([np.ones((3, 2), np.int32), MASK], 1)[:, None, None].repeat(7, 2)
         bias = torch.tensor(np.where(keep == 1, 0, np.finfo(np.float32).min).astype(np.float32))
-        x = theirs_embeddings = reference.embeddings(torch.tensor(IDS))
+        x = reference.embeddings(torch.tensor(IDS))
         with torch.no_grad():
             for layer in reference.encoder.layer:
                 x = prefixed_layer(layer, x, bias)
     finally:
         for handle in handles:
             handle.remove()
-    assert theirs_embeddings.shape == (3, 7, 24)
     assert furthest(got, x) <= 1e-5
 
 
@@ -327,21 +316,28 @@ def test_names_round_trip_bit_for_bit(variant, dtype, folder):
             assert back[name].tobytes() == array.tobytes(), name
 
 
-def test_init_makes_the_tree_of_the_table(key):
-    for options in ({}, {"scan_layers": True}):
-        for heads in ({"pooler": True}, {"masked_lm": True, "pooler": False}):
-            config = bert.BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
-                                     intermediate_size=40, max_position_embeddings=16, **heads)
-            made = bert.Bert(config, **options).init(key, IDS)["params"]
-            tensors = bert.params_to_hf(made, config)
-            flat = trees.paths(bert.unstack_layers(made))
-            assert set(flat) == set(bert.name_table(config)) and len(flat) == len(tensors)
-            for path in flat:
-                name = path.replace("/kernel", "/weight").replace("/scale", "/weight").replace("/embedding", "/weight")
-                assert name.replace("/", ".") in {n.removeprefix("bert.") for n in tensors}
-            # Layers are initialised apart from each other under a scan too.
-            kernels = [flat[f"encoder/layer/{i}/intermediate/dense/kernel"] for i in (0, 1)]
-            assert jnp.abs(kernels[0] - kernels[1]).max() > 0.01
+@pytest.mark.parametrize("heads", [{"pooler": True}, {"masked_lm": True, "pooler": False}])
+def test_init_makes_the_tree_of_the_table(heads, key):
+    config = bert.BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+                             intermediate_size=40, max_position_embeddings=16, **heads)
+    made = jax.eval_shape(bert.Bert(config).init, key, IDS)["params"]
+    table = bert.name_table(config)
+    for path, leaf in trees.paths(made).items():
+        row = table.pop(path)
+        assert leaf.shape == (row.shape if row.axes is None else row.shape[::-1]), path
+        renamed = path.replace("/kernel", "/weight").replace("/scale", "/weight").replace("/embedding", "/weight")
+        assert renamed.replace("/", ".") == row.name
+    assert not table
+    stacked = jax.eval_shape(bert.Bert(config, scan_layers=True).init, key, IDS)["params"]
+    assert stacked == jax.eval_shape(bert.stack_layers, made)
+
+
+def test_scanned_layers_are_initialised_apart(key):
+    config = bert.BertConfig(vocab_size=5, hidden_size=4, num_hidden_layers=2, num_attention_heads=1,
+                             intermediate_size=4, max_position_embeddings=8, pooler=False)
+    params = jax.jit(bert.Bert(config, scan_layers=True).init)(key, IDS)["params"]
+    kernel = params["encoder"]["layer"]["output"]["dense"]["kernel"]
+    assert kernel.shape == (2, 4, 4) and jnp.abs(kernel[0] - kernel[1]).max() > 0.01
 
 
 def test_old_and_headed_names_are_read(folder):
@@ -377,7 +373,7 @@ def test_strict_names(folder):
         bert.params_from_hf(bad, config)
     for part in (
         "1 missing: encoder.layer.1.output.dense.weight", "1 unexpected: classifier.weight",
-        "pooler.dense.weight [3, 24] instead of [24, 24]", "pooler.dense.bias int8", "54 of 55 names match",
+        "pooler.dense.weight [3, 24] instead of [24, 24]", "pooler.dense.bias int8", "38 of 39 names match",
     ):
         assert part in str(caught.value), (part, str(caught.value))
     params = bert.params_from_hf(tensors, config)
@@ -389,7 +385,7 @@ def test_layouts_that_cannot_be_converted(folder):
     _, params = load_pretrained(folder("plain"))
     layers = params["encoder"]["layer"]
     with pytest.raises(ValueError, match="numbered 0 to 1"):
-        bert.stack_layers({"encoder": {"layer": {"0": layers["0"], "2": layers["2"]}}})
+        bert.stack_layers({"encoder": {"layer": {"0": layers["0"], "2": layers["1"]}}})
     with pytest.raises(ValueError, match="lacks the leaf"):
         bert.stack_layers({"encoder": {"layer": {"0": layers["0"], "1": {"output": layers["1"]["output"]}}}})
     with pytest.raises(ValueError, match="different leading axes"):

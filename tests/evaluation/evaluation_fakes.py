@@ -66,7 +66,7 @@ def task(name, seed, *, size=23, metric=accuracy, features=features, classes=("a
 
 
 class Model:
-    """``hidden = tanh(x @ kernel)`` expanded in ``kernel`` along ``tau``; counts traces, and the passes that really run."""
+    """``hidden = tanh(x @ kernel)`` expanded along ``tau``; counts traces, and the passes that really run."""
 
     def __init__(self, affine=True):
         self.traces, self.ran = [], []

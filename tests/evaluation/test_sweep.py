@@ -1,4 +1,4 @@
-"""Exact sweeps: every point equals the model that is run at that point, and nothing but T + 1 passes is paid."""
+"""Exact sweeps: every point equals the model run at that point, and nothing but T + 1 passes is paid."""
 
 import evaluation_fakes as fakes
 import flax.linen as nn
@@ -134,11 +134,11 @@ def test_best_coefficients():
     scores = np.array([[0.1, 0.1], [0.9, 0.2], [0.6, 0.5], [0.6, 0.5]])
     # Of equal means the smaller coefficients win: rows 1, 2 and 3 all have the mean 0.55.
     best = best_coefficients(grid, scores)
-    assert best.index == 1 and best.score == pytest.approx(0.55)
-    assert best_coefficients(grid[2:], scores[2:]).index == 0
+    assert best.point == 1 and best.score == pytest.approx(0.55)
+    assert best_coefficients(grid[2:], scores[2:]).point == 0
     # Relative to what each task can reach, the second task counts more.
     best = best_coefficients(grid, scores, {"p": 0.9, "q": 0.5})
-    assert best.index == 2 and best.score == pytest.approx((0.6 / 0.9 + 1) / 2)
+    assert best.point == 2 and best.score == pytest.approx((0.6 / 0.9 + 1) / 2)
     np.testing.assert_array_equal(best.coefficients, np.array([0.5, 0.5]))
     for bad in ([0.0, 1.0], [1.0]):
         with pytest.raises(ValueError, match="reference scores must be positive"):
@@ -151,7 +151,7 @@ def test_best_coefficients():
 
 @pytest.mark.parametrize("features", [fakes.cosine_features, fakes.rectified_features])
 def test_non_linear_features_are_refused(features):
-    with pytest.raises(ValueError, match="'p': its head's features are not linear"):
+    with pytest.raises(ValueError, match="'p': its head's features are not finite or not linear"):
         cache_outputs(fakes.Model(), fakes.params(), TAUS, [fakes.task("p", 1, features=features)])
 
 

@@ -247,9 +247,9 @@ def test_a_revision_is_looked_up_where_revisions_exist(world, monkeypatch):
     assert "installed package" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tiny_wheel/model/../../evil.json", "tiny_wheel/model/a\\..\\evil.json", "tiny_wheel/model/C:x.json"])
+@pytest.mark.parametrize("name", ["../../evil.json", "a\\..\\evil.json", "C:x.json"])
 def test_paths_that_leave_the_folder_are_refused(name, world):
-    world.wheel_members = members(world.weights) | {name: b"{}"}
+    world.wheel_members = members(world.weights) | {f"tiny_wheel/model/{name}": b"{}"}
     with pytest.raises(FileNotFoundError, match="unsafe path"):
         hub.locate("ours/alias")
     assert not list(world.root.rglob("*evil*")) and not list((world.root / "ours/wheels").iterdir())

@@ -1,4 +1,4 @@
-"""One of two processes of a run: ``two_processes.py PORT MAPPING FOLDER INDEX``. Stops at step 4 and goes on to step 6."""
+"""One of two processes of a run: ``two_processes.py PORT FOLDER INDEX``. Is stopped once and goes on."""
 
 import sys
 import warnings
@@ -7,46 +7,52 @@ warnings.simplefilter("error")
 
 import jax
 
-port, mapping, folder, index = sys.argv[1:]
+port, folder, index = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
 
+import dataclasses
+import os
+import signal
+import time
+
 import toy
 
 from pefusion_jax.training import Preempted, finetune, save_adapters
-from pefusion_jax.training import loop as loop_module
 
 adapted, params = toy.make_model()
+task = toy.make_task()
 settings = dict(
-    steps=6,
+    steps=40,
     batch_size=16,
     optimizer=toy.SGD,
-    mapping=mapping,
     checkpoint_dir=f"{folder}/state",
-    checkpoint_every=3,
+    checkpoint_every=30,
     log_file=f"{folder}/log{index}.jsonl",
     log_every=1,
 )
-# Only the second process is asked to end, at step 4: both must stop there.
-agreed, calls = loop_module._agreed, 0
+encoded = 0
 
 
-def asked_once(asked, due):
-    global calls
-    calls += 1
-    return agreed(lambda: index == "1" and calls == 4, due)
+def encode(examples):
+    """Slow, because JAX looks for the signal once a second."""
+    global encoded
+    encoded += 1
+    if encoded == 4 and index == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    return toy.encode(examples)
 
 
-loop_module._agreed = asked_once
-stopped = False
+# Only the second process is asked to end: both must stop, at one step.
 try:
-    finetune(adapted, params, toy.make_task(), **settings)
+    finetune(adapted, params, dataclasses.replace(task, encode=encode), **settings)
 except Preempted as error:
-    stopped = "after step 4 of 6" in str(error)
-assert stopped
-loop_module._agreed = agreed
-tree = finetune(adapted, params, toy.make_task(), **settings)
-save_adapters(f"{folder}/process{index}.safetensors", tree)
+    with open(f"{folder}/stopped{index}", "w") as file:
+        file.write(str(error))
+save_adapters(f"{folder}/pmap{index}.safetensors", finetune(adapted, params, task, **settings))
+settings = dict(steps=40, batch_size=16, optimizer=toy.SGD, mapping="shard_map", validate_every=20)
+save_adapters(f"{folder}/shard_map{index}.safetensors", finetune(adapted, params, task, **settings))

@@ -1,0 +1,330 @@
+"""The main job from end to end: several tasks, one adapter each, one fused adapter for all, and an honest table.
+
+Every choice (coefficients, densities, which fused adapter is kept) is made on validation examples; test examples are scored
+once, at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from pefusion_jax import evaluation, fusion, runs, tasks, trees
+from pefusion_jax.adapt import Adapted, adapt
+from pefusion_jax.deltas import Delta
+from pefusion_jax.fusion import fuse
+from pefusion_jax.interop import load_pretrained, load_tokenizer
+from pefusion_jax.linearize import linearize
+from pefusion_jax.methods import LoRA
+from pefusion_jax.training import finetune
+
+SCALES = tuple(round(0.1 * i, 1) for i in range(1, 11))
+TIES_SCALES = (0.6, 1.0, 1.6)
+TIES_DENSITIES = (0.2, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of the quickstart, all recorded in ``config.json``."""
+
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Hub id or folder of a BERT encoder."""
+    tasks: tuple[str, ...] = ()
+    """Embedded tasks; all six if none is named."""
+    steps: int = 60
+    """Training steps of each adapter."""
+    batch_size: int = 16
+    """Examples of a step."""
+    rank: int = 16
+    """Rank of the adapters."""
+    alpha: float = 32.0
+    """Scale numerator of the adapters."""
+    targets: str = r".*/(query|value)"
+    """Regular expression that must match the whole path of an adapted layer."""
+    learning_rate: float = 5e-3
+    """Peak learning rate of LoRA and of layer-wise linearized LoRA."""
+    network_learning_rate: float = 3e-3
+    """Peak learning rate of network-linearized LoRA."""
+    max_length: int = 32
+    """Longest text, in tokens."""
+    validation_examples: int = 64
+    """Validation examples of each task that choices are made on."""
+    test_examples: int = 200
+    """Test examples of each task."""
+    seed: int = 0
+    """Seed of adapters, data order and everything else random."""
+
+
+class _Kind(NamedTuple):
+    """One way of tuning, trained on every task."""
+
+    key: str
+    title: str
+    adapted: Adapted
+    trees: dict[str, Any]
+    changes: dict[str, Delta]
+
+
+class _Choice(NamedTuple):
+    """A direction in weight space and how far to go along it, as chosen on validation examples."""
+
+    name: str
+    detail: str
+    change: Delta
+    validation: float
+    scores: evaluation.Scores
+
+
+def quickstart(
+    out: str | os.PathLike[str], settings: Settings, *, overwrite: bool = False, say: Callable[[str], None] = print
+) -> evaluation.Comparison:
+    """Runs the main job and writes its folder.
+
+    Args:
+      out: an empty folder, in which appear ``results.{txt,md,csv,json}``, ``config.json``, the plots (``scores.png``,
+        ``sweep.png``, ``cosine_KIND.png``, each with its CSV), and runs for ``load_run``: ``KIND/TASK`` and ``KIND/fused``.
+      settings: see :class:`Settings`.
+      overwrite: replace a folder that is not empty.
+      say: gets a line at each stage.
+
+    Returns:
+      The table that was written.
+
+    Raises:
+      FileExistsError: if ``out`` holds something already.
+    """
+    began = time.monotonic()
+
+    def stage(text: str) -> None:
+        say(f"[{time.monotonic() - began:4.0f} s] {text}")
+
+    with runs.new_folder(out, overwrite) as folder:
+        model, params = load_pretrained(settings.model)
+        suite = _suite(settings, model, params)
+        stage(f"{settings.model}: {trees.size(params):,} parameters; tasks: {', '.join(task.name for task in suite)}")
+
+        method = LoRA(rank=settings.rank, alpha=settings.alpha, targets=settings.targets)
+        lora = adapt(model, method)
+        inputs = tasks.train_batch(suite[0], 0, settings.batch_size, settings.seed)["inputs"]
+        phi0 = lora.init(jax.random.key(settings.seed), params, **inputs)
+        network, layer = linearize(lora, phi0, "network"), linearize(lora, phi0, "layer")
+        zero_shot = evaluation.evaluate_base(lora, params, suite)
+        rows = [evaluation.Row("zero-shot", "base model", zero_shot)]
+        stage(f"zero-shot: mean test accuracy {zero_shot.mean:.3f}")
+
+        curves: dict[str, dict[str, np.ndarray]] = {}
+        details: dict[str, Any] = {}
+        for key, title, adapted, rate in (
+            ("lora", "LoRA", lora, settings.learning_rate),
+            ("network", "L-LoRA network", network, settings.network_learning_rate),
+            ("layer", "L-LoRA layer", layer, settings.learning_rate),
+        ):
+            kind = _train(key, title, adapted, params, suite, settings, rate, phi0)
+            trained = trees.size(adapted.trainable(kind.trees[suite[0].name]))
+            stage(f"{title}: trained {len(suite)} adapters of {trained:,} parameters")
+            # An adapter in its layers and the same change folded into the weights are the same function, so that one
+            # compiled forward pass serves every plain model here. A network-linear model has its own.
+            score = _network_scorer(kind, params, suite) if key == "network" else _plain_scorer(lora, params, suite)
+            single = _single(kind, score)
+            own = _own(single["test"])
+            rows += [evaluation.Row(f"trained on {name}", title, scores, own) for name, scores in single["test"].items()]
+            rows.append(evaluation.Row("single-task models", title, own))
+            spaces = {title: _weight_space(kind)}
+            if key == "lora":
+                spaces = {"LoRA, weight space": spaces[title], "LoRA, adapter space": _adapter_space(kind, lora, params, phi0)}
+            chosen: list[_Choice] = []
+            for space, directions in spaces.items():
+                choices, curves[space] = _fusions(directions, score, _own(single["validation"]))
+                chosen = chosen or choices
+                rows += [evaluation.Row(choice.name, space, choice.scores, own) for choice in choices]
+                details[space] = {choice.name: {"chosen": choice.detail, "validation": choice.validation} for choice in choices}
+            best = max(chosen, key=lambda choice: choice.validation)
+            stage(f"{title}: single-task mean {own.mean:.3f}; {best.name} ({best.detail}) keeps {best.scores.normalized(own).mean:.3f}")
+            _save(folder / key, settings, kind, best, params, method, phi0)
+            evaluation.plot_cosine(
+                trees.cosine({name: kind.changes[name].leaves for name in kind.changes}),
+                list(kind.changes),
+                folder / f"cosine_{key}.png",
+                title=f"{title}: task vectors in weight space",
+            )
+
+        comparison = evaluation.Comparison(tuple(rows), title="Test accuracy in percent")
+        comparison.write(folder)
+        shown = tuple(row for row in rows if not row.name.startswith("trained on "))
+        evaluation.plot_scores(evaluation.Comparison(shown, title=comparison.title), folder / "scores.png")
+        evaluation.plot_sweep(SCALES, curves, folder / "sweep.png", score_label="validation accuracy")
+        runs.write_json(
+            folder / "config.json",
+            {**dataclasses.asdict(settings), "choices": details, "seconds": round(time.monotonic() - began), "jax": jax.__version__},
+        )
+    return comparison
+
+
+def _suite(settings: Settings, model: Any, params: Any) -> list[tasks.Task]:
+    suite = tasks.embedded_tasks(
+        model,
+        params,
+        load_tokenizer(settings.model),
+        settings.tasks or None,
+        max_length=settings.max_length,
+        buckets=(16, settings.max_length) if settings.max_length > 16 else (settings.max_length,),
+    )
+    return [
+        dataclasses.replace(
+            task, validation=task.validation[: settings.validation_examples], test=task.test[: settings.test_examples]
+        )
+        for task in suite
+    ]
+
+
+def _train(
+    key: str, title: str, adapted: Adapted, params: Any, suite: Sequence[Any], settings: Settings, rate: float, phi0: Any
+) -> _Kind:
+    found = {
+        task.name: finetune(
+            adapted,
+            params,
+            task,
+            adapters=phi0 if key == "lora" else adapted.init(None, params),
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            learning_rate=rate,
+            seed=settings.seed,
+            devices=jax.devices()[:1],
+        )
+        for task in suite
+    }
+    return _Kind(key, title, adapted, found, {name: adapted.deltas(params, tree).dense() for name, tree in found.items()})
+
+
+class _Direction(NamedTuple):
+    """The weight-space change at each scale, and its coefficients in the task vectors where it is a combination of them."""
+
+    at: Callable[[float], Delta]
+    coefficients: np.ndarray | None
+
+
+# (direction, scales, split) -> one Scores for each scale.
+_Scorer = Callable[[_Direction, Sequence[float], str], list[evaluation.Scores]]
+
+
+def _plain_scorer(lora: Adapted, params: Any, suite: Sequence[Any]) -> _Scorer:
+    def score(direction: _Direction, scales: Sequence[float], split: str) -> list[evaluation.Scores]:
+        return [evaluation.evaluate(lora, params, direction.at(s), suite, split=split) for s in scales]
+
+    return score
+
+
+def _network_scorer(kind: _Kind, params: Any, suite: Sequence[Any]) -> _Scorer:
+    """Exact and nearly free: T + 1 forward passes of a split give every combination of the task vectors at every scale."""
+    cached = {
+        split: evaluation.cache_outputs(kind.adapted, params, kind.trees, suite, split=split) for split in ("validation", "test")
+    }
+
+    def score(direction: _Direction, scales: Sequence[float], split: str) -> list[evaluation.Scores]:
+        known = cached[split]
+        if direction.coefficients is not None:
+            table = evaluation.sweep(known, suite, np.outer(scales, direction.coefficients))
+        else:  # not a combination of the task vectors: one more pass, exact in the scale all the same
+            moved = {
+                task.name: (evaluation.predict(kind.adapted, params, direction.at(1.0), task, split=split)[0] - known.base[task.name])
+                for task in suite
+            }
+            along = known._replace(names=("direction",), moved={name: value[None] for name, value in moved.items()})
+            table = evaluation.sweep(along, suite, np.asarray(scales)[:, None])
+        return [_scores(suite, row, known.labels) for row in table]
+
+    return score
+
+
+def _scores(suite: Sequence[Any], values: Any, labels: Mapping[str, Any]) -> evaluation.Scores:
+    """Accuracies with their binomial standard errors."""
+    found = {task.name: float(value) for task, value in zip(suite, values, strict=True)}
+    counts = {name: len(labels[name]) for name in found}
+    return evaluation.Scores(found, {n: float(np.sqrt(p * (1.0 - p) / counts[n])) for n, p in found.items()}, counts)
+
+
+def _single(kind: _Kind, score: _Scorer) -> dict[str, dict[str, evaluation.Scores]]:
+    """Every single-task model on every task: ``{split: {task trained on: scores}}``."""
+    names = sorted(kind.changes)  # the order of coefficients in cached outputs
+    units = {name: _Direction(_straight(kind.changes[name]), np.eye(len(names))[i]) for i, name in enumerate(names)}
+    return {
+        split: {name: score(units[name], (1.0,), split)[0] for name in kind.changes} for split in ("validation", "test")
+    }
+
+
+def _own(scores: Mapping[str, evaluation.Scores]) -> evaluation.Scores:
+    """Each single-task model on its own task."""
+    return evaluation.Scores(
+        {name: of[name] for name, of in scores.items()},
+        {name: of.stderr[name] for name, of in scores.items()},
+        {name: of.counts[name] for name, of in scores.items()},
+    )
+
+
+def _fusions(directions: Mapping[str, _Direction], score: _Scorer, reference: evaluation.Scores) -> tuple[list[_Choice], Any]:
+    """Chooses each method's coefficients by mean normalized validation score, then scores it on test, once."""
+    tasks_count = len(reference)
+
+    def choose(name: str, options: Sequence[tuple[str, _Direction, Sequence[float]]]) -> tuple[_Choice, np.ndarray]:
+        tried = [
+            (scores.normalized(reference).mean, label, direction, scale, scores)
+            for label, direction, scales in options
+            for scale, scores in zip(scales, score(direction, scales, "validation"), strict=True)
+        ]
+        best = max(tried, key=lambda entry: entry[0])  # the first of equals: the smallest scale
+        _, label, direction, scale, _ = best
+        detail = f"{label}scale {scale:g}"
+        test = score(direction, (scale,), "test")[0]
+        return _Choice(name, detail, direction.at(scale), best[0], test), [entry[4] for entry in tried]
+
+    average, _ = choose("average", [("", directions["sum"], (1.0 / tasks_count,))])
+    arithmetic, curve = choose("task arithmetic", [("", directions["sum"], SCALES)])
+    densities = [(f"density {d:g}, ", directions[f"ties {d:g}"], TIES_SCALES) for d in TIES_DENSITIES]
+    elected, _ = choose("TIES", densities)
+    shown = {name: np.asarray([scores[name] for scores in curve]) for name in reference}
+    return [average, arithmetic, elected], shown
+
+
+def _straight(change: Delta) -> Callable[[float], Delta]:
+    return lambda scale: change * np.float32(scale)
+
+
+def _directions(merge: Callable[[Any], Callable[[float], Delta]], count: int) -> dict[str, _Direction]:
+    """Fused directions; ``merge`` applies a fusion method in one space and gives the weight-space change at each scale."""
+    found = {"sum": _Direction(merge(fusion.task_arithmetic(scale=1.0)), np.ones(count))}
+    for density in TIES_DENSITIES:
+        found[f"ties {density:g}"] = _Direction(merge(fusion.ties(density=density, scale=1.0)), None)
+    return found
+
+
+def _weight_space(kind: _Kind) -> dict[str, _Direction]:
+    return _directions(lambda method: _straight(fuse(method, kind.changes)), len(kind.changes))
+
+
+def _adapter_space(kind: _Kind, lora: Adapted, params: Any, phi0: Any) -> dict[str, _Direction]:
+    """A and B fused apart, as the papers did with plain LoRA; the change is then not linear in the scale."""
+    moved = {name: jax.tree.map(np.subtract, tree, phi0) for name, tree in kind.trees.items()}
+
+    def merge(method: Any) -> Callable[[float], Delta]:
+        step = fuse(method, moved)
+        return lambda scale: lora.deltas(params, jax.tree.map(lambda a, b: a + np.float32(scale) * b, phi0, step)).dense()
+
+    return _directions(merge, len(moved))
+
+
+def _save(
+    folder: Path, settings: Settings, kind: _Kind, best: _Choice, params: Any, method: LoRA, phi0: Any
+) -> None:
+    mode = None if kind.key == "lora" else kind.key
+    common: dict[str, Any] = {"model": settings.model, "params": params, "methods": method, "mode": mode, "adapters0": phi0}
+    for name, tree in kind.trees.items():
+        runs.save_run(folder / name, tree, tasks=[name], **common)
+    runs.save_run(folder / "fused", best.change, tasks=list(kind.trees), fusion=f"{best.name}, {best.detail}", **common)

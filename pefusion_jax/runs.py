@@ -1,0 +1,202 @@
+"""Adapters on disk with all that is needed to use them again: which model, which method, which linearization.
+
+A run is a folder with one safetensors file (see ``training.checkpoint.save_adapters``) whose metadata says how it was made:
+
+    FOLDER/adapter.safetensors     tree/...       adapters, a displacement, or a weight-space change
+                                   adapters0/...  the point of expansion, for linearized models
+    FOLDER/config.json             the same metadata for people, with whatever else the caller records
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from pefusion_jax import trees
+from pefusion_jax.adapt import Adapted, adapt
+from pefusion_jax.deltas import Delta, LowRank
+from pefusion_jax.interop import fingerprint, load_pretrained
+from pefusion_jax.linearize import linearize
+from pefusion_jax.methods import FullFineTuning, LoRA
+from pefusion_jax.training.checkpoint import load_adapters, save_adapters
+from pefusion_jax.training.logging import write_atomically
+
+FILE = "adapter.safetensors"
+_METHODS = {"LoRA": LoRA, "FullFineTuning": FullFineTuning}
+
+
+class Run(NamedTuple):
+    """What a folder holds, ready to use.
+
+    Attributes:
+      model: the base model.
+      params: its parameters.
+      adapted: the adapted, perhaps linearized, model.
+      tree: adapters, displacement or :class:`Delta`, for ``adapted.apply`` or ``adapted.apply_deltas``.
+      adapters0: the point of expansion or the common start, or ``None``.
+      spec: the metadata.
+    """
+
+    model: Any
+    params: Any
+    adapted: Adapted
+    tree: Any
+    adapters0: Any
+    spec: dict[str, Any]
+
+
+def save_run(
+    folder: str | os.PathLike[str],
+    tree: Any,
+    *,
+    model: str,
+    params: Any,
+    methods: Any,
+    mode: str | None = None,
+    adapters0: Any = None,
+    **notes: Any,
+) -> None:
+    """Writes a run, both files or neither.
+
+    Args:
+      folder: made if needed; files of an earlier run in it are replaced.
+      tree: adapters, a displacement, or a :class:`Delta`.
+      model: what ``load_pretrained`` took.
+      params: the base parameters, whose fingerprint is recorded.
+      methods: the method or methods given to ``adapt``.
+      mode: of ``linearize``, or ``None``.
+      adapters0: the point of expansion; also worth keeping for fusing plain adapters in adapter space.
+      **notes: JSON-compatible values to record: task names, settings, scores.
+
+    Raises:
+      ValueError: if a leaf is not finite, naming it.
+    """
+    methods = list(methods) if isinstance(methods, Sequence) else [methods]
+    spec: dict[str, Any] = {
+        "kind": "delta" if isinstance(tree, Delta) else "adapters",
+        "model": str(model),
+        "base_fingerprint": fingerprint(params),
+        "dtype": next(str(leaf.dtype) for leaf in jax.tree.leaves(params)),
+        "methods": [{"type": type(method).__name__, **dataclasses.asdict(method)} for method in methods],
+        "mode": mode,
+        **notes,
+    }
+    stored: dict[str, Any] = {"tree": tree}
+    if isinstance(tree, Delta):
+        pairs = {path: leaf for path, leaf in tree.leaves.items() if isinstance(leaf, LowRank)}
+        spec["pairs"] = {path: {"shape": leaf.shape, "axes": leaf.axes} for path, leaf in pairs.items()}
+        stored["tree"] = trees.nest({path: {"a": x.a, "b": x.b} if isinstance(x, LowRank) else x for path, x in tree.leaves.items()})
+    if adapters0 is not None:
+        stored["adapters0"] = adapters0
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_adapters(Path(folder) / FILE, stored, spec)
+    write_json(Path(folder) / "config.json", spec)
+
+
+def load_run(folder: str | os.PathLike[str], base: tuple[Any, Any] | None = None) -> Run:
+    """Reads a run and loads the base model it was made for.
+
+    Args:
+      folder: as given to :func:`save_run`.
+      base: ``(model, params)`` that are loaded already, to be used in place of loading them again.
+
+    Raises:
+      FileNotFoundError: if the folder holds no run.
+      ValueError: if the file is damaged, names an unknown method, or was made for other base weights.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {FILE}; give the folder that 'pefusion finetune' or 'pefusion fuse' wrote")
+    stored, spec = load_adapters(path)
+    missing = [name for name in ("kind", "model", "base_fingerprint", "methods", "mode") if name not in spec]
+    if missing or "tree" not in stored:
+        raise ValueError(f"{path} was not written by save_run: it lacks {', '.join(missing) or 'its tree'}; train the adapter again")
+    model, params = load_pretrained(spec["model"], dtype=spec.get("dtype")) if base is None else base
+    found = fingerprint(params)
+    if found != spec["base_fingerprint"]:
+        raise ValueError(
+            f"{path} was made for other base weights: {spec['model']} with fingerprint {spec['base_fingerprint'][:12]}, but the "
+            f"model that was loaded has {found[:12]}; load the model that it was trained on"
+        )
+    adapted = adapt(model, methods_of(spec, path))
+    adapters0 = stored.get("adapters0")
+    if spec["mode"] is not None:
+        if adapters0 is None:
+            raise ValueError(f"{path} is linearized but holds no adapters0, the point of expansion; train it again")
+        adapted = linearize(adapted, adapters0, spec["mode"])
+    tree = stored["tree"]
+    if spec["kind"] == "delta":
+        tree = Delta(_changes(tree, spec.get("pairs", {})))
+    return Run(model, params, adapted, tree, adapters0, spec)
+
+
+def _changes(tree: Mapping[str, Any], pairs: Mapping[str, Any]) -> dict[str, Any]:
+    leaves = trees.flat(tree)
+    changes: dict[str, Any] = {}
+    for path, pair in pairs.items():
+        axes = pair["axes"]
+        changes[path] = LowRank(
+            leaves.pop(f"{path}/a"), leaves.pop(f"{path}/b"), tuple(pair["shape"]), None if axes is None else tuple(axes)
+        )
+    return changes | leaves
+
+
+def methods_of(spec: Mapping[str, Any], where: Any = "this run") -> list[Any]:
+    """The methods that a run's metadata describes, as they were given to ``adapt``.
+
+    Raises:
+      ValueError: naming ``where``, for a method or a setting that is not known here.
+    """
+    methods = []
+    for given in spec["methods"]:
+        fields = dict(given)
+        name = fields.pop("type", None)
+        if name not in _METHODS:
+            raise ValueError(f"{where}: the method {name!r} is not one of {', '.join(_METHODS)}; update pefusion_jax")
+        try:
+            methods.append(_METHODS[name](**fields))
+        except TypeError as error:
+            raise ValueError(f"{where}: {name} does not take these settings: {error}; update pefusion_jax") from error
+    return methods
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON for people, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2, sort_keys=True, default=str) + "\n").encode())
+
+
+@contextmanager
+def new_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """A folder that appears under its name only when everything in it has been written.
+
+    Args:
+      out: the folder to make. If it exists it must be empty, or ``overwrite`` be given.
+      overwrite: replace a folder that exists.
+
+    Raises:
+      FileExistsError: if ``out`` holds something and ``overwrite`` is not given.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(f"{out} is not empty; name another folder, or replace it with --overwrite")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield staging
+        if out.is_dir():
+            shutil.rmtree(out)
+        staging.chmod(0o755)
+        os.replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+
+from pefusion_jax.tasks import accuracy, cross_entropy, macro_f1, matthews, pearson, spearman, squared_error
+
+
+@pytest.mark.parametrize("classes, seed", [(2, 0), (5, 1), (26, 2)])
+def test_classification_metrics_agree_with_scikit_learn(classes, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, 60)
+    logits = rng.normal(size=(60, 32)).astype(np.float32) + 1.5 * np.eye(32, dtype=np.float32)[labels]
+    logits[:, classes:] = -1e9
+    predicted = logits.argmax(1)
+    assert accuracy(logits, labels) == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
+    assert macro_f1(logits, labels) == pytest.approx(sklearn.metrics.f1_score(labels, predicted, average="macro"))
+    assert matthews(logits, labels) == pytest.approx(sklearn.metrics.matthews_corrcoef(labels, predicted))
+
+
+def test_correlations_agree_with_scipy_also_with_ties():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 40).astype(np.float32)
+    scores = np.round(labels + rng.normal(size=40), 1).astype(np.float32)
+    logits = np.stack([scores, np.full(40, -1e9)], axis=1)
+    assert pearson(logits, labels) == pytest.approx(scipy.stats.pearsonr(scores, labels).statistic, rel=1e-5)
+    assert spearman(logits, labels) == pytest.approx(scipy.stats.spearmanr(scores, labels).statistic)
+    assert pearson(scores, labels) == pearson(logits, labels)
+
+
+def test_constant_predictions_score_zero_not_nan():
+    logits = np.tile([1.0, 0.0], (4, 1))
+    assert matthews(logits, np.array([0, 1, 0, 1])) == 0
+    assert pearson(np.ones((4, 1)), np.arange(4.0)) == 0 and spearman(np.ones(4), np.arange(4.0)) == 0
+
+
+def test_cross_entropy_agrees_with_scikit_learn_and_ignores_padding():
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(9, 4)).astype(np.float32)
+    labels = np.arange(9) % 4
+    padded = np.concatenate([logits, np.full((9, 28), -1e9, np.float32)], axis=1)
+    losses = cross_entropy(jnp.asarray(padded), jnp.asarray(labels, jnp.int32))
+    assert losses.shape == (9,) and losses.dtype == jnp.float32
+    probabilities = scipy.special.softmax(logits.astype(np.float64), axis=1)
+    assert float(losses.mean()) == pytest.approx(sklearn.metrics.log_loss(labels, probabilities, labels=range(4)), rel=1e-6)
+    gradient = jax.grad(lambda z: cross_entropy(z, jnp.asarray(labels, jnp.int32)).sum())(jnp.asarray(padded))
+    onehot = np.eye(4)[labels]
+    np.testing.assert_allclose(gradient[:, :4], probabilities - onehot, atol=1e-6)
+    np.testing.assert_array_equal(gradient[:, 4:], 0)
+
+
+def test_squared_error_takes_the_first_column():
+    logits = jnp.asarray([[1.0, -1e9], [3.0, -1e9]])
+    np.testing.assert_array_equal(squared_error(logits, jnp.asarray([0.0, 5.0])), [1.0, 4.0])
+
+
+def test_shapes_and_nan_are_errors():
+    with pytest.raises(ValueError, match=r"\[n, classes\]"):
+        accuracy(np.zeros((3, 2)), np.zeros(4, int))
+    with pytest.raises(ValueError, match="n > 0"):
+        accuracy(np.zeros((0, 2)), np.zeros(0, int))
+    with pytest.raises(ValueError, match="1 of 2 examples are not numbers"):
+        macro_f1(np.array([[0.0, 1.0], [np.nan, 0.0]]), np.array([0, 1]))
