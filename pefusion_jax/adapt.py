@@ -24,47 +24,30 @@ import jax.numpy as jnp
 
 from pefusion_jax import trees
 from pefusion_jax.deltas import Delta, fold
+from pefusion_jax.layers import Layer, describe
 
 Leaves = dict[str, jax.Array]
-_CLONE = "pefusion_layer_with_another_kernel"
-
-
-class Layer(NamedTuple):
-    """A linear layer as a method sees it, free of Linen.
-
-    Attributes:
-      path: slash path of the module; under a scan the path inside the scanned body, one for all layers.
-      kernel: name of the weight parameter, ``kernel`` or ``embedding``.
-      inputs: axes of the weight that are contracted with the input, as their sizes.
-      outputs: axes of the weight that appear in the output, as their sizes.
-      a_shape: ``rank -> `` shape of the factor that reads the input, ``[*batch, *inputs, rank]``.
-      b_shape: ``rank -> `` shape of the factor that writes the output, ``[*batch, rank, *outputs]``.
-      fan_in: number of inputs of one output, for initialisers; 1 for an embedding, whose input is one-hot.
-      pair: ``(x, a, b) -> x A B`` with the layer's own contraction, never multiplying ``A B`` out.
-    """
-
-    path: str
-    kernel: str
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    a_shape: Callable[[int], tuple[int, ...]]
-    b_shape: Callable[[int], tuple[int, ...]]
-    fan_in: int
-    pair: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Method(Protocol):
     """What ``adapt`` asks of an adapter method; see ``pefusion_jax.methods`` for those that exist.
 
-    ``acts_on == "layers"``: rules address modules, and ``branch`` computes what is added to the layer's output.
-    ``acts_on == "parameters"``: rules address parameters, and the change of each is added before the model runs.
+    ``acts_on == "layers"``: rules address modules, ``branch`` computes what is added to the layer's output, and ``names``
+    are the names of its leaves. ``acts_on == "parameters"``: rules address parameters, the change of each is added before the model
+    runs, and ``owns`` says which parameter a leaf belongs to. ``stochastic``: whether ``branch`` needs a random key in training.
     """
 
     targets: str
     acts_on: str
+    stochastic: bool
+    names: tuple[str, ...]
 
     def leaves(self, site: Any) -> dict[str, tuple[Callable[..., jax.Array], tuple[int, ...]]]:
         """Leaf name -> (initialiser ``(key, shape, dtype) -> array``, shape), for a layer or a parameter."""
+        ...
+
+    def owns(self, leaf: str) -> str:
+        """Name of the parameter that a leaf changes, or the empty string if the leaf is not of this method."""
         ...
 
     def branch(self, layer: Layer, leaves: Leaves, x: Any, y: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -84,6 +67,20 @@ class Method(Protocol):
         ...
 
 
+class Expansions(NamedTuple):
+    """How ``linearize`` re-reads an adapted model: the forward pass and the weight changes, site by site.
+
+    Attributes:
+      forward: ``(branch, change) -> apply(params, parts, *inputs)``: ``branch(rule, layer, leaves, x, y, key)`` is added to
+        the output of each adapted layer, ``change(rule, site, leaves, weights)`` to each adapted parameter. ``leaves`` has
+        one dictionary for each of the adapter trees in ``parts``.
+      changes: ``(params, parts, change) -> Delta`` with the same ``change``.
+    """
+
+    forward: Callable[..., Any]
+    changes: Callable[..., Delta]
+
+
 class Adapted(NamedTuple):
     """A tunable model: pure functions over base parameters and a tree of adapters. Hashable, by identity.
 
@@ -99,9 +96,8 @@ class Adapted(NamedTuple):
         weight-space change in place of adapters.
       trainable: ``adapters -> `` nested dictionary of the leaves that are trained.
       moving: ``adapters -> `` nested dictionary of the trained leaves whose derivative at ``adapters`` is not identically 0.
-      pushforward: for models that are affine in a displacement: ``(params, stacked, *inputs, **kwargs) -> (f0, J tau_t)``,
-        the second with a leading axis over the stacked displacements. ``None`` for all others.
-      expand: builds a forward pass that treats each adapted site in another way; ``linearize`` uses it.
+      pushforward: for models affine in a displacement: ``(params, stacked, *inputs, **kwargs) -> (f0, J tau_t)``, the second with a leading axis over the stacked displacements. ``None`` for all others.
+      expand: builds a forward pass that treats each adapted site in another way; ``linearize`` uses it, and its result has none.
       folds: whether ``apply(params, a)`` equals ``base(fold(params, deltas(params, a)))``.
     """
 
@@ -113,7 +109,7 @@ class Adapted(NamedTuple):
     trainable: Callable[[Any], Any]
     moving: Callable[[Any], Any]
     pushforward: Callable[..., Any] | None
-    expand: Callable[..., Any]
+    expand: Expansions | None
     folds: bool
 
 
@@ -245,20 +241,6 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
     )
 
 
-class Expansions(NamedTuple):
-    """How ``linearize`` re-reads an adapted model: the forward pass and the weight changes, site by site.
-
-    Attributes:
-      forward: ``(branch, change) -> apply(params, parts, *inputs)``: ``branch(rule, layer, leaves, x, y, key)`` is added to
-        the output of each adapted layer, ``change(rule, site, leaves, weights)`` to each adapted parameter. ``leaves`` has
-        one dictionary for each of the adapter trees in ``parts``.
-      changes: ``(params, parts, change) -> Delta`` with the same ``change``.
-    """
-
-    forward: Callable[..., Any]
-    changes: Callable[..., Delta]
-
-
 def _collections(params: Any) -> dict[str, Any]:
     """Wraps a bare parameter dictionary, or passes a dictionary of Linen collections on."""
     if not isinstance(params, Mapping):
@@ -290,15 +272,12 @@ def _owner(rules: Sequence[Method], path: str) -> Any:
 
 def _sites(rules: Sequence[Method], parts: Sequence[Any], params: Any, *, parameters: bool) -> Any:
     """Yields (method, site path, leaves of each part, base weights of the site) for every site in adapter trees."""
-    flats = [trees.flat(part) for part in parts]
     grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for index, leaves in enumerate(flats):
-        for path, leaf in leaves.items():
+    for index, part in enumerate(parts):
+        for path, leaf in trees.flat(part).items():
             site, _, name = path.rpartition("/")
             if parameters:
-                rule = next((r for r in rules if r.owns(name) and re.fullmatch(r.targets, _join(site, r.owns(name)))), None)
-                if rule is not None and rule is not _first(rules, _join(site, rule.owns(name))):
-                    rule = None
+                rule = next((r for r in rules if r.owns(name) and _first(rules, _join(site, r.owns(name))) is r), None)
             else:
                 rule = _owner(rules, path)
             if rule is not None:
@@ -340,9 +319,9 @@ def _init_layers(
     matched: set[int] = set()
     seen: dict[str, None] = {}
 
-    def create(next_fn: Callable[..., Any], args: Any, call_kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def create(next_fn: Callable[..., Any], args: Any, call_kwargs: Any, context: Any) -> Any:
         y = next_fn(*args, **call_kwargs)
-        layer = _layer(context, args, call_kwargs)
+        layer = describe(context.module, context.method_name, args, call_kwargs)
         if layer is None:
             return y
         seen[layer.path] = None
@@ -379,9 +358,9 @@ def _init_layers(
 def _interceptor(rules: Sequence[Method], branch: Callable[..., Any], parts: int, stochastic: bool) -> Callable[..., Any]:
     suffixes = _suffixes(parts)
 
-    def intercept(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def intercept(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         y = next_fn(*args, **kwargs)
-        layer = _layer(context, args, kwargs)
+        layer = describe(context.module, context.method_name, args, kwargs)
         rule = _first(rules, layer.path) if layer is not None else None
         if layer is None or rule is None:
             return y
@@ -407,112 +386,3 @@ def _interceptor(rules: Sequence[Method], branch: Callable[..., Any], parts: int
         return y + branch(rule, layer, tuple(leaves), x, y, key).astype(y.dtype)
 
     return intercept
-
-
-def _layer(context: nn.module.InterceptorContext, args: Any, kwargs: Any) -> Layer | None:
-    """Describes the layer that is being called, or ``None`` if it is not a linear layer's own call."""
-    module, method = context.module, context.method_name
-    if module.name == _CLONE:
-        return None
-    path = "/".join(module.path)
-    if isinstance(module, nn.Embed) and method in ("__call__", "attend"):
-        table = module.get_variable("params", "embedding").shape
-        return Layer(
-            path=path,
-            kernel="embedding",
-            inputs=table[-2:-1],
-            outputs=table[-1:],
-            a_shape=lambda r: (table[-2], r),
-            b_shape=lambda r: (r, table[-1]),
-            fan_in=1,
-            pair=_lookup if method == "__call__" else _attend,
-        )
-    if method != "__call__":
-        return None
-    if isinstance(module, nn.Einsum):
-        return _einsum_layer(path, module, kwargs.get("einsum_str") or (args[1] if len(args) > 1 else None) or module.einsum_str)
-    if isinstance(module, (nn.Dense, nn.DenseGeneral, nn.Conv)):
-        shape = module.get_variable("params", "kernel").shape
-        features = module.features
-        count = len(features) if isinstance(features, Sequence) else 1
-        if getattr(module, "batch_dims", ()) or getattr(module, "feature_group_count", 1) != 1:
-            # A factor pair that is shared by groups or batch entries is not a change of this weight.
-            return None
-        inputs, outputs = shape[: len(shape) - count], shape[len(shape) - count :]
-
-        def pair(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-            low = module.clone(features=a.shape[-1], use_bias=False, parent=None, name=_CLONE)
-            return jnp.tensordot(low.apply({"params": {"kernel": a}}, x), b, 1, precision=module.precision)
-
-        return Layer(
-            path=path,
-            kernel="kernel",
-            inputs=inputs,
-            outputs=outputs,
-            a_shape=lambda r: (*inputs, r),
-            b_shape=lambda r: (r, *outputs),
-            fan_in=_product(inputs),
-            pair=pair,
-        )
-    return None
-
-
-def _lookup(ids: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.take(a, ids, axis=0) @ b
-
-
-def _attend(query: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A tied output head uses the table transposed: x (A B)' = (x B') A'."""
-    return (query @ b.T) @ a.T
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
-
-
-def _einsum_layer(path: str, module: nn.Einsum, equation: str | None) -> Layer | None:
-    """Rewrites ``X,K->Y`` as ``X,A->Z`` and ``Z,B->Y``, where Z keeps what X and Y share and has one new axis, the rank."""
-    if equation is None:
-        return None
-    left, result = equation.replace(" ", "").split("->")
-    source, kernel = left.split(",")
-    sizes = dict(zip(kernel, module.get_variable("params", "kernel").shape, strict=False))
-    if "." in kernel or len(sizes) != len(kernel):
-        return None
-    batch = "".join(c for c in kernel if c in source and c in result)
-    inputs = "".join(c for c in kernel if c not in result)
-    outputs = "".join(c for c in kernel if c not in source)
-    if not inputs or not outputs or len(batch + inputs + outputs) != len(kernel):
-        return None
-    rank = next(c for c in "rstuvwxyzabcdefghijklmnopq" if c not in source + kernel + result)
-    middle = "".join(c for c in result if c not in outputs) + rank
-    interleaved = kernel != batch + inputs + outputs
-    if interleaved and (batch or 1 in sizes.values()):
-        raise ValueError(
-            f"{path!r}: the weight of the einsum {equation!r} has its input axes between its output axes together with a batch "
-            "axis or an axis of size 1, which has no factor layout; order the weight's axes as batch, inputs, outputs"
-        )
-    batch_shape = tuple(sizes[c] for c in batch)
-    in_shape, out_shape = tuple(sizes[c] for c in inputs), tuple(sizes[c] for c in outputs)
-    # Where the weight interleaves inputs and outputs, B keeps the weight's axis order with ones in place of the inputs, so
-    # that the shapes of the leaves alone say how the pair multiplies out (see deltas.LowRank.axes).
-    spread = tuple(1 if c in inputs else sizes[c] for c in kernel)
-
-    def pair(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        z = jnp.einsum(f"{source},{batch}{inputs}{rank}->{middle}", x, a, precision=module.precision)
-        b = b.reshape(*batch_shape, b.shape[len(batch_shape)], *out_shape)
-        return jnp.einsum(f"{middle},{batch}{rank}{outputs}->{result}", z, b, precision=module.precision)
-
-    return Layer(
-        path=path,
-        kernel="kernel",
-        inputs=in_shape,
-        outputs=out_shape,
-        a_shape=lambda r: (*batch_shape, *in_shape, r),
-        b_shape=lambda r: (r, *spread) if interleaved else (*batch_shape, r, *out_shape),
-        fan_in=_product(in_shape),
-        pair=pair,
-    )

@@ -265,14 +265,14 @@ def _fuse(given: Fuse) -> None:
             "the runs started from different adapters, so they have no common space to be fused in; train them with the same "
             "--seed, or fuse plain adapters in --space weight"
         )
-    options = {} if given.scale is None else {"scale": given.scale}
+    options: dict[str, Any] = {} if given.scale is None else {"scale": given.scale}
     method = {
         "average": lambda: fusion.average(),
         "task_arithmetic": lambda: fusion.task_arithmetic(**options),
         "ties": lambda: fusion.ties(density=given.density, **options),
     }[given.method]()
     if given.method == "average" and options:
-        raise ValueError("--scale does not go with average, whose coefficient is one over the number of runs; use task_arithmetic")
+        raise ValueError("--scale does not go with average, whose coefficient is 1 / the number of runs; use task_arithmetic")
     given_trees = {name: run.tree for name, run in loaded.items()}
     plain_start = first.adapters0 if first.spec["mode"] is None else None
     tree = (
@@ -296,7 +296,8 @@ def _fuse(given: Fuse) -> None:
             settings=dataclasses.asdict(given),
         )
     summary = {"out": given.out, "runs": list(given.runs), "method": given.method, "space": given.space, "tasks": names}
-    print(json.dumps(summary, indent=2) if given.json else f"fused {len(loaded)} runs by {given.method}; written to {given.out}")
+    text = f"fused {len(loaded)} runs by {given.method}; written to {given.out}"
+    print(json.dumps(summary, indent=2) if given.json else text)
 
 
 def _evaluate(given: Evaluate) -> None:

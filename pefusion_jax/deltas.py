@@ -90,10 +90,11 @@ def weighted_sum(changes: Sequence[Change], weights: Sequence[Any] | jax.Array) 
     into ``b``. As soon as one change is dense, the result is dense.
     """
     first = changes[0]
-    if all(isinstance(c, LowRank) and (c.shape, c.axes) == (first.shape, first.axes) for c in changes):
+    pairs = [change for change in changes if isinstance(change, LowRank)]
+    if isinstance(first, LowRank) and [(c.shape, c.axes) for c in pairs] == [(first.shape, first.axes)] * len(changes):
         return LowRank(
-            a=jnp.concatenate([c.a for c in changes], axis=-1),
-            b=jnp.concatenate([c.b * weights[t] for t, c in enumerate(changes)], axis=-2),
+            a=jnp.concatenate([c.a for c in pairs], axis=-1),
+            b=jnp.concatenate([c.b * weights[t] for t, c in enumerate(pairs)], axis=-2),
             shape=first.shape,
             axes=first.axes,
         )
@@ -105,7 +106,7 @@ def weighted_sum(changes: Sequence[Change], weights: Sequence[Any] | jax.Array) 
 
 def tangent(primal: Change, direction: Change) -> Change:
     r"""Directional derivative of a change whose factors move: :math:`dA\,B + A\,dB` as a pair of twice the rank."""
-    if not isinstance(primal, LowRank):
+    if not isinstance(primal, LowRank) or not isinstance(direction, LowRank):
         return direction
     return LowRank(
         a=jnp.concatenate([primal.a, direction.a], axis=-1),
@@ -139,6 +140,6 @@ def fold(params: Mapping[str, Any], delta: Delta | Mapping[str, Any]) -> dict[st
         weight = variables[full]
         if weight.shape != change.shape:
             raise ValueError(f"parameter {path!r} has shape {weight.shape}, its change has {change.shape}")
-        wide = jnp.promote_types(weight.dtype, jnp.float32)
+        wide = trees.wide_dtype(weight.dtype)
         variables[full] = (weight.astype(wide) + dense(change).astype(wide)).astype(weight.dtype)
     return trees.nest(variables)

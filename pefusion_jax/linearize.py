@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from pefusion_jax import trees
-from pefusion_jax.adapt import Adapted
+from pefusion_jax.adapt import Adapted, Expansions
 from pefusion_jax.deltas import Change, Delta, LowRank, dense, fold, tangent, weighted_sum
 
 MODES = ("network", "layer", "weight")
@@ -89,7 +89,7 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
         return fold(params, adapted.deltas(params, adapters0))
 
     build = {"network": _network, "layer": _layer, "weight": _weight}[mode]
-    apply, pushforward, deltas = build(adapted, adapters0, full, pick)
+    apply, pushforward, deltas = build(adapted, adapted.expand, adapters0, full, pick)
 
     def apply_deltas(params: Any, delta: Delta, *inputs: Any, **kwargs: Any) -> Any:
         if mode == "layer":
@@ -120,7 +120,7 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
     )
 
 
-def _network(adapted: Adapted, phi0: Any, full: Any, pick: Any) -> tuple[Any, Any, Any]:
+def _network(adapted: Adapted, expand: Expansions, phi0: Any, full: Any, pick: Any) -> tuple[Any, Any, Any]:
     """The derivative of the whole network along the leaves that are present in the displacement, and no others.
 
     A leaf that is left out gets no tangent at all, which costs nothing; a tangent of zeros would cost a whole pass.
@@ -144,12 +144,12 @@ def _network(adapted: Adapted, phi0: Any, full: Any, pick: Any) -> tuple[Any, An
         return jax.vmap(lambda tau: along(params, inputs, None, kwargs, tau), out_axes=(None, 0))(moving)
 
     def deltas(params: Any, tau: Any) -> Delta:
-        return _tangent_deltas(adapted, phi0, params, full(tau))
+        return _tangent_deltas(expand, phi0, params, full(tau))
 
     return apply, pushforward, deltas
 
 
-def _layer(adapted: Adapted, phi0: Any, full: Any, pick: Any) -> tuple[Any, Any, Any]:
+def _layer(adapted: Adapted, expand: Expansions, phi0: Any, full: Any, pick: Any) -> tuple[Any, Any, Any]:
     """Each adapted layer's branch expanded on its own, at the layer's actual input."""
 
     def branch(rule: Any, layer: Any, leaves: Any, x: Any, y: Any, key: Any) -> Any:
@@ -160,15 +160,15 @@ def _layer(adapted: Adapted, phi0: Any, full: Any, pick: Any) -> tuple[Any, Any,
         value, out = jax.jvp(lambda at: rule.change(site, at, weights), (leaves[0],), (leaves[1],))
         return {name: weighted_sum([value[name], tangent(value[name], out[name])], (1.0, 1.0)) for name in value}
 
-    forward = adapted.expand.forward(branch, change)
+    forward = expand.forward(branch, change)
 
     def apply(params: Any, tau: Any, *inputs: Any, rngs: Any = None, **kwargs: Any) -> Any:
         return forward(params, (phi0, full(tau)), *inputs, rngs=rngs, **kwargs)
 
-    return apply, None, lambda params, tau: _tangent_deltas(adapted, phi0, params, full(tau))
+    return apply, None, lambda params, tau: _tangent_deltas(expand, phi0, params, full(tau))
 
 
-def _weight(adapted: Adapted, phi0: Any, full: Any, pick: Any) -> tuple[Any, Any, Any]:
+def _weight(adapted: Adapted, expand: Expansions, phi0: Any, full: Any, pick: Any) -> tuple[Any, Any, Any]:
     """A tangent in the weights, parametrised by the adapters, taken as a derivative in a scalar at zero.
 
     :math:`J_W f\\,[\\Delta W] = \\partial_t f(W_0 + t\\,\\Delta W)` at ``t = 0``. The product with ``t`` is written so that its
@@ -187,7 +187,7 @@ def _weight(adapted: Adapted, phi0: Any, full: Any, pick: Any) -> tuple[Any, Any
             before, after = rule.change(site, leaves[0], weights), rule.change(site, moved, weights)
             return {n: dense(before[n]) + _direction(t, dense(after[n]) - dense(before[n])) for n in before}
 
-        return adapted.expand.forward(branch, change)
+        return expand.forward(branch, change)
 
     def along(params: Any, inputs: Any, rngs: Any, kwargs: Any, tau: Any) -> tuple[Any, Any]:
         parts = (phi0, full(tau))
@@ -209,12 +209,12 @@ def _weight(adapted: Adapted, phi0: Any, full: Any, pick: Any) -> tuple[Any, Any
                 n: after[n] if _is_zero(before[n]) else weighted_sum([after[n], before[n]], (1.0, -1.0)) for n in before
             }
 
-        return adapted.expand.changes(params, (phi0, full(tau)), change)
+        return expand.changes(params, (phi0, full(tau)), change)
 
     return apply, pushforward, deltas
 
 
-def _tangent_deltas(adapted: Adapted, phi0: Any, params: Any, tau: Any) -> Delta:
+def _tangent_deltas(expand: Expansions, phi0: Any, params: Any, tau: Any) -> Delta:
     """The weight-space change of a displacement to first order: :math:`dA\\,B_0 + A_0\\,dB`."""
 
     def change(rule: Any, site: str, leaves: Any, weights: Any) -> Any:
@@ -225,7 +225,7 @@ def _tangent_deltas(adapted: Adapted, phi0: Any, params: Any, tau: Any) -> Delta
             for n in value
         }
 
-    return adapted.expand.changes(params, (phi0, tau), change)
+    return expand.changes(params, (phi0, tau), change)
 
 
 def _is_zero(change: Change) -> bool:

@@ -144,9 +144,10 @@ def quickstart(
                 choices, curves[space] = _fusions(directions, score, _own(single["validation"]))
                 chosen = chosen or choices
                 rows += [evaluation.Row(choice.name, space, choice.scores, own) for choice in choices]
-                details[space] = {choice.name: {"chosen": choice.detail, "validation": choice.validation} for choice in choices}
+                details[space] = {c.name: {"chosen": c.detail, "validation": c.validation} for c in choices}
             best = max(chosen, key=lambda choice: choice.validation)
-            stage(f"{title}: single-task mean {own.mean:.3f}; {best.name} ({best.detail}) keeps {best.scores.normalized(own).mean:.3f}")
+            kept = best.scores.normalized(own).mean
+            stage(f"{title}: single-task mean {own.mean:.3f}; {best.name} ({best.detail}) keeps {kept:.3f} of it")
             _save(folder / key, settings, kind, best, params, method, phi0)
             evaluation.plot_cosine(
                 trees.cosine({name: kind.changes[name].leaves for name in kind.changes}),
@@ -162,7 +163,12 @@ def quickstart(
         evaluation.plot_sweep(SCALES, curves, folder / "sweep.png", score_label="validation accuracy")
         runs.write_json(
             folder / "config.json",
-            {**dataclasses.asdict(settings), "choices": details, "seconds": round(time.monotonic() - began), "jax": jax.__version__},
+            {
+                **dataclasses.asdict(settings),
+                "choices": details,
+                "seconds": round(time.monotonic() - began),
+                "jax": jax.__version__,
+            },
         )
     return comparison
 
@@ -225,7 +231,8 @@ def _plain_scorer(lora: Adapted, params: Any, suite: Sequence[Any]) -> _Scorer:
 def _network_scorer(kind: _Kind, params: Any, suite: Sequence[Any]) -> _Scorer:
     """Exact and nearly free: T + 1 forward passes of a split give every combination of the task vectors at every scale."""
     cached = {
-        split: evaluation.cache_outputs(kind.adapted, params, kind.trees, suite, split=split) for split in ("validation", "test")
+        split: evaluation.cache_outputs(kind.adapted, params, kind.trees, suite, split=split)
+        for split in ("validation", "test")
     }
 
     def score(direction: _Direction, scales: Sequence[float], split: str) -> list[evaluation.Scores]:
@@ -233,10 +240,10 @@ def _network_scorer(kind: _Kind, params: Any, suite: Sequence[Any]) -> _Scorer:
         if direction.coefficients is not None:
             table = evaluation.sweep(known, suite, np.outer(scales, direction.coefficients))
         else:  # not a combination of the task vectors: one more pass, exact in the scale all the same
-            moved = {
-                task.name: (evaluation.predict(kind.adapted, params, direction.at(1.0), task, split=split)[0] - known.base[task.name])
-                for task in suite
-            }
+            change, moved = direction.at(1.0), {}
+            for task in suite:
+                features, _ = evaluation.predict(kind.adapted, params, change, task, split=split)
+                moved[task.name] = features - known.base[task.name]
             along = known._replace(names=("direction",), moved={name: value[None] for name, value in moved.items()})
             table = evaluation.sweep(along, suite, np.asarray(scales)[:, None])
         return [_scores(suite, row, known.labels) for row in table]
@@ -273,7 +280,7 @@ def _fusions(directions: Mapping[str, _Direction], score: _Scorer, reference: ev
     """Chooses each method's coefficients by mean normalized validation score, then scores it on test, once."""
     tasks_count = len(reference)
 
-    def choose(name: str, options: Sequence[tuple[str, _Direction, Sequence[float]]]) -> tuple[_Choice, np.ndarray]:
+    def choose(name: str, options: Sequence[tuple[str, _Direction, Sequence[float]]]) -> tuple[_Choice, list[evaluation.Scores]]:
         tried = [
             (scores.normalized(reference).mean, label, direction, scale, scores)
             for label, direction, scales in options

@@ -94,7 +94,9 @@ def save_run(
     if isinstance(tree, Delta):
         pairs = {path: leaf for path, leaf in tree.leaves.items() if isinstance(leaf, LowRank)}
         spec["pairs"] = {path: {"shape": leaf.shape, "axes": leaf.axes} for path, leaf in pairs.items()}
-        stored["tree"] = trees.nest({path: {"a": x.a, "b": x.b} if isinstance(x, LowRank) else x for path, x in tree.leaves.items()})
+        stored["tree"] = trees.nest(
+            {path: {"a": leaf.a, "b": leaf.b} if path in pairs else leaf for path, leaf in tree.leaves.items()}
+        )
     if adapters0 is not None:
         stored["adapters0"] = adapters0
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -119,13 +121,14 @@ def load_run(folder: str | os.PathLike[str], base: tuple[Any, Any] | None = None
     stored, spec = load_adapters(path)
     missing = [name for name in ("kind", "model", "base_fingerprint", "methods", "mode") if name not in spec]
     if missing or "tree" not in stored:
-        raise ValueError(f"{path} was not written by save_run: it lacks {', '.join(missing) or 'its tree'}; train the adapter again")
+        lacking = ", ".join(missing) or "its tree"
+        raise ValueError(f"{path} was not written by save_run: it lacks {lacking}; train the adapter again")
     model, params = load_pretrained(spec["model"], dtype=spec.get("dtype")) if base is None else base
     found = fingerprint(params)
     if found != spec["base_fingerprint"]:
         raise ValueError(
-            f"{path} was made for other base weights: {spec['model']} with fingerprint {spec['base_fingerprint'][:12]}, but the "
-            f"model that was loaded has {found[:12]}; load the model that it was trained on"
+            f"{path} was made for other base weights: {spec['model']} with fingerprint {spec['base_fingerprint'][:12]}, but "
+            f"the model that was loaded has {found[:12]}; load the model that it was trained on"
         )
     adapted = adapt(model, methods_of(spec, path))
     adapters0 = stored.get("adapters0")

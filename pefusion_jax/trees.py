@@ -169,6 +169,12 @@ def unstack(tree: Tree) -> list[Tree]:
     return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype in which leaves of ``dtype`` are added up: float32, or float64 if they are float64."""
+    # Not jnp.promote_types, which refuses bfloat16 with float32 under strict dtype promotion.
+    return jnp.dtype(jnp.float64) if dtype == jnp.float64 else jnp.dtype(jnp.float32)
+
+
 def size(tree: Tree) -> int:
     """Number of elements of all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -97,7 +97,8 @@ def spam(package: Path) -> Iterator[Row]:
                 continue  # undecodable header (invented character sets in a few spam mails)
             subject = re.sub(r"\[[^\]]{1,30}\]", " ", subject)  # [ILUG] and friends give the list away
             subject = re.sub(r"^(\s*(re|fwd?|aw|sv)\s*(\[\d+\])?:)+", "", subject, flags=re.I)
-            text = tidy(subject) + ". " + tidy(_own_words(_body(mail)))
+            text = re.sub(r"</?[a-zA-Z]+>", " ", subject).strip() + ". " + tidy(_own_words(_body(mail)))
+            text = re.sub(r"URL: \S+ Date: (Not supplied|\S+)", " ", text)  # the head of every news item: always ham
             text = re.sub(r"(https?://|www\.)\S+|\b[\w-]+\.(com|net|org|ie)/\S*", "[link]", text, flags=re.I)
             text = re.sub(r"[\w.+-]+@[\w.-]+", "[address]", text)
             text = re.sub(r"([-=_*~#.+<>|!])(\s?\1){3,}", r"\1", text)  # rulers

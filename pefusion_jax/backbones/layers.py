@@ -11,8 +11,14 @@ import jax.numpy as jnp
 
 from pefusion_jax import trees
 
+
+def _gelu(x: jax.Array) -> jax.Array:
+    """:math:`x\\,\\Phi(x)`. jax.nn.gelu goes by erfc, which costs three times erf on a CPU and differs by 1e-6."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.7071067811865476))
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": _gelu,
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,

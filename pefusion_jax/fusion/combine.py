@@ -13,7 +13,7 @@ from pefusion_jax import deltas
 from pefusion_jax import trees as tree_tools
 from pefusion_jax.deltas import Delta, LowRank
 from pefusion_jax.fusion.elementwise import require_tasks
-from pefusion_jax.fusion.parts import Fusion, wide_dtype
+from pefusion_jax.fusion.parts import Fusion
 
 Tree = Any
 
@@ -167,7 +167,7 @@ def _combine(path: str, weights: jax.Array, changes: dict[str, Delta]) -> Any:
         (weights[t], delta.leaves[path]) for t, delta in enumerate(changes.values()) if path in delta.leaves
     ]
     dtype = present[0][1].dtype
-    wide = wide_dtype(dtype)
+    wide = tree_tools.wide_dtype(dtype)
     factors = [weight.astype(wide) for weight, _ in present]
     total = deltas.weighted_sum([_cast(change, wide) for _, change in present], factors)
     return _cast(total, dtype)

@@ -23,6 +23,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pefusion_jax import trees
+
 Tree = Any
 Part = Callable[[Tree], Tree]
 
@@ -177,13 +179,7 @@ def rescale(scale: float | jax.Array) -> Part:
 
 
 def _widen(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(wide_dtype(leaf.dtype))
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """The dtype in which leaves of ``dtype`` are summed: float32, or float64 if they are float64."""
-    # Not jnp.promote_types, which refuses bfloat16 with float32 under strict dtype promotion.
-    return jnp.dtype(jnp.float64) if dtype == jnp.float64 else jnp.dtype(jnp.float32)
+    return leaf.astype(trees.wide_dtype(leaf.dtype))
 
 
 def _keep_largest(leaves: list[jax.Array], density: float | jax.Array) -> list[jax.Array]:

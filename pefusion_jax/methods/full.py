@@ -33,6 +33,7 @@ class FullFineTuning:
 
     acts_on: ClassVar[str] = "parameters"
     stochastic: ClassVar[bool] = False
+    names: ClassVar[tuple[str, ...]] = ()
 
     def owns(self, leaf: str) -> str:
         """The name of the parameter that a leaf of this method changes, or the empty string."""

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pefusion_jax.adapt import Layer, Leaves
+from pefusion_jax.adapt import Leaves
 from pefusion_jax.deltas import LowRank
+from pefusion_jax.layers import Layer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,10 @@ class LoRA:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
+    def owns(self, leaf: str) -> str:
+        """Nothing: the leaves are of a layer, not of a parameter."""
+        return ""
+
     @property
     def stochastic(self) -> bool:
         """Whether the branch needs a random key in training."""
@@ -103,7 +108,8 @@ class LoRA:
     def change(self, path: str, leaves: Leaves, weights: Mapping[str, jax.Array]) -> dict[str, LowRank]:
         """The pair :math:`(A, s B)` of the layer's weight."""
         name = "embedding" if "embedding" in weights else "kernel"
-        return {name: factor_pair(leaves["lora_a"], leaves["lora_b"], weights[name].shape) * self.scale(path, leaves["lora_a"].shape[-1])}
+        a, b = leaves["lora_a"], leaves["lora_b"]
+        return {name: factor_pair(a, b, weights[name].shape) * self.scale(path, a.shape[-1])}
 
     def trained(self, leaves: Leaves) -> tuple[str, ...]:
         """Both factors, or B alone."""

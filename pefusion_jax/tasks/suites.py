@@ -71,6 +71,7 @@ def text_task(
         made = zero_shot_head(apply, params, encoder, data.descriptions, pad_to=pad_to, features=features)
     elif head == "linear":
         inputs, labels = task.arrays("train")
+        assert inputs is not None  # a TextEncoder always encodes whole splits
         rows = features_of(apply, params, inputs, encoder.trim, features=features)
         made = linear_head(rows, labels, len(data.classes), pad_to=pad_to, features=features)
     else:

@@ -142,7 +142,7 @@ class Task:
             raise ValueError(f"label {value!r} is not a finite number; a task without classes is a regression")
         if isinstance(value, str) and value in self.classes:
             return self.classes.index(value)
-        if isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= value < len(self.classes):
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= int(value) < len(self.classes):
             return int(value)
         known = ", ".join(map(repr, self.classes[:8])) + (", ..." if len(self.classes) > 8 else "")
         hint = " (-1 marks a hidden test label: use the validation split)" if value == -1 else ""

@@ -153,7 +153,7 @@ def finetune(
         adapters = adapted.init(jax.random.key(seed), params, **first["inputs"])
     trained, held = trees.split(adapters, adapted.trainable(adapters))
     state = init_state(trained, optimizer, seed)
-    best: Any = (np.full((), -np.inf, np.float32), parallel.unreplicate(state.adapters)) if validate_every else ()
+    best: Any = (np.asarray(-np.inf), parallel.unreplicate(state.adapters)) if validate_every else ()
 
     start = 0
     belongs: dict[str, Any] = {}
@@ -202,7 +202,7 @@ def finetune(
                     score = _score(adapted, params, now, head_params, task, batch_size, here)
                     monitor.note({"step": done, "validation": score})
                     if score > float(best[0]):
-                        best = (np.full((), score, np.float32), parallel.unreplicate(state.adapters))
+                        best = (np.asarray(score), parallel.unreplicate(state.adapters))
                 if checkpoint_dir is None:
                     continue
                 stop = _agreed(asked)

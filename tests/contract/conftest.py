@@ -19,7 +19,6 @@ class Row(NamedTuple):
 
     ``zero_gradient``: regular expression of the leaves whose gradient is exactly zero at the start.
     ``linear_forward``, ``linear_gradient``: bounds on FLOPs of the network linearization in base forwards.
-    ``weight``: whether the ``weight`` expansion differs from ``network``, that is whether the change is not linear.
     """
 
     name: str
@@ -27,7 +26,6 @@ class Row(NamedTuple):
     zero_gradient: str = r"(?!)"
     linear_forward: float = 2.2
     linear_gradient: float = 3.3
-    bilinear: bool = False
 
 
 LAYERS = r".*(query|key|value|out|up|down|conv|embed)"
@@ -35,7 +33,7 @@ WEIGHTS = r".*/(query|up|conv)/kernel|.*norm2?/scale|embed/embedding"
 
 # A new method is one row here.
 METHODS = [
-    Row("lora", lambda t: pf.LoRA(rank=2, alpha=4, targets=t or LAYERS), zero_gradient=r".*lora_a", bilinear=True),
+    Row("lora", lambda t: pf.LoRA(rank=2, alpha=4, targets=t or LAYERS), zero_gradient=r".*lora_a"),
     Row(
         "lora_patterns",
         lambda t: pf.LoRA(
@@ -46,9 +44,8 @@ METHODS = [
             alpha_pattern={r".*(up|down)": 8.0},
         ),
         zero_gradient=r".*lora_a",
-        bilinear=True,
     ),
-    Row("lora_frozen_a", lambda t: pf.LoRA(rank=2, targets=t or LAYERS, freeze_a=True), zero_gradient=r".*lora_a", bilinear=True),
+    Row("lora_frozen_a", lambda t: pf.LoRA(rank=2, targets=t or LAYERS, freeze_a=True), zero_gradient=r".*lora_a"),
     # A change of the weights themselves has a dense tangent: x dW is a second product in each layer.
     Row(
         "full",

@@ -85,8 +85,8 @@ class Wide(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.layout == "scan":
-            x, _ = nn.scan(WideBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(name="layers")(x, None)
-            return x
+            scanned = nn.scan(WideBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return scanned(name="layers")(x, None)[0]
         block = nn.remat(WideBlock) if self.layout == "remat" else WideBlock
         for i in range(3):
             x, _ = block(name=f"layer_{i}")(x, None)

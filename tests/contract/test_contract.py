@@ -7,12 +7,15 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import LAYOUTS, METHODS, MODES, build, expansion, jit, noise
 from models import Encoder, stack_layers
 
 import pefusion_jax as pf
-from pefusion_jax import trees
+from pefusion_jax import tasks, training, trees
+from pefusion_jax.training import parallel
+from pefusion_jax.training.step import init_state
 
 
 def close(actual, expected, bound=1e-5):
@@ -74,8 +77,10 @@ def test_gradients_are_finite_and_zero_exactly_where_documented(case):
 def test_jvp_equals_finite_difference(loop):
     # Flax's own LayerNorm mixes float64 with float32, hence the standard promotion here.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        wide = [jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), t) for t in (loop.params, loop.point, loop.direction)]
-        params, point, direction = wide
+        params, point, direction = (
+            jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)
+            for tree in (loop.params, loop.point, loop.direction)
+        )
 
         @jax.jit
         def moved(step):
@@ -229,3 +234,51 @@ def test_full_encoder_is_what_the_table_is_checked_on():
     matched = {path.rsplit("/", 2)[-2] for path in trees.paths(case.start)}
     assert matched == {"query", "key", "value", "out", "up", "down", "conv", "embed"}
     assert isinstance(case.model, Encoder)
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_adapters_survive_a_save_bit_for_bit(loop, mode, tmp_path):
+    adapted = loop.adapted if mode is None else expansion(loop, "start", mode)
+    training.save_adapters(tmp_path / "adapters.safetensors", loop.point, {"mode": mode})
+    loaded, metadata = training.load_adapters(tmp_path / "adapters.safetensors")
+    assert metadata["mode"] == mode
+    for path, leaf in trees.paths(loop.point).items():
+        assert np.asarray(leaf).tobytes() == np.asarray(trees.paths(loaded)[path]).tobytes(), path
+    applied = jit(adapted.apply)(loop.params, loop.point, loop.ids)
+    np.testing.assert_array_equal(jit(adapted.apply)(loop.params, loaded, loop.ids), applied)
+
+
+@pytest.mark.parametrize("mode", [None, "network"])
+def test_eight_devices_equal_one_and_only_adapters_cross_the_wire(loop, mode):
+    adapted = loop.adapted if mode is None else expansion(loop, "start", mode)
+    tree = loop.point if mode is None else adapted.init(None, loop.params)
+    trained, held = trees.split(tree, adapted.trainable(tree))
+    ids = jax.random.randint(jax.random.key(4), (8, 6), 0, 11)
+    batch = {"inputs": {"ids": ids}, "labels": ids[:, 0] % 2, "weights": jnp.ones(8)}
+    states = []
+    for devices in (tuple(jax.devices()), tuple(jax.devices()[:1])):
+        step = parallel.compiled_step(
+            adapted, SGD, last_token, two_logits, tasks.cross_entropy, 1, 1.0, False, None, "pmap", devices
+        )
+        # copied, because the step takes its state over
+        state = parallel.replicate(init_state(trained, SGD, 0), devices, copy=True)
+        arguments = (state, *parallel.replicate((loop.params, held, {}), devices))
+        placed = parallel.place_batch(batch, "pmap", devices)
+        if len(devices) == 8:
+            compiled = step.lower(*arguments, placed).compile()
+            assert parallel.allreduce_elements(compiled) == trees.size(trained) + 3  # loss, weights, number of examples
+        states.append(jax.device_get(step(*arguments, placed)[0].adapters))
+    for path, leaf in trees.paths(states[0]).items():
+        close(leaf, trees.paths(states[1])[path], 1e-5)
+        assert np.any(leaf != trees.paths(trained)[path]), path
+
+
+SGD = optax.sgd(0.1)
+
+
+def last_token(outputs, inputs):
+    return outputs[:, -1]
+
+
+def two_logits(params, features):
+    return features[:, :2]

@@ -1,5 +1,6 @@
 """TensorFlow Datasets without TensorFlow and without a network, in a process of its own."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -18,7 +19,7 @@ from pefusion_jax.tasks import tfds_source
 class Tiny(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     def _info(self):
-        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
             "sentence": tfds.features.Text(),
             "pixels": tfds.features.Tensor(shape=(2, 2), dtype=np.uint8),
             "label": tfds.features.ClassLabel(names=["no", "yes"]),
@@ -68,11 +69,13 @@ print("all well")
 
 def test_tfds_without_tensorflow(tmp_path):
     root = Path(__file__).resolve().parents[2]
+    script = tmp_path / "tiny.py"
+    script.write_text(textwrap.dedent(SCRIPT), "utf-8")
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)],
+        [sys.executable, str(script), str(tmp_path / "data")],
         capture_output=True,
         text=True,
-        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
         timeout=120,
         check=False,
     )

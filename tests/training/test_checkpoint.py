@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -77,6 +78,8 @@ def test_unfinished_state_is_not_taken_for_a_state(tmp_path):
     assert checkpoint.restore_latest(tmp_path, example_state(), {})[0] == 5
 
 
+# Orbax gives up on damaged data with its other reads still under way, and these complain when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_state_is_an_error_that_says_what_to_do(tmp_path):
     checkpoint.save(tmp_path, 5, example_state(5), {})
     for path in (tmp_path / "5").rglob("*"):
@@ -84,6 +87,7 @@ def test_damaged_state_is_an_error_that_says_what_to_do(tmp_path):
             path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match=r"5 cannot be read: .*remove .*, pass resume=False"):
         checkpoint.restore_latest(tmp_path, example_state(), {})
+    gc.collect()
 
 
 def test_state_of_another_run_is_refused_and_says_what_differs(tmp_path):
@@ -199,7 +203,7 @@ def steps_logged(folder):
 
 
 def test_run_killed_at_ten_random_moments_ends_with_the_bits_of_one_that_was_not(tmp_path):
-    total = 64
+    total = 96
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
@@ -209,13 +213,13 @@ def test_run_killed_at_ten_random_moments_ends_with_the_bits_of_one_that_was_not
         server.start(whole, total)
         assert server.wait() == 0, (whole / "output").read_text()
         # Seven kills when the run has reached a random step, a random moment later; three while it starts or loads.
-        moments: list[int | None] = sorted(draw.sample(range(1, total - 8), 7))
+        moments: list[int | None] = sorted(draw.sample(range(1, total - 32), 7))
         for _ in range(3):
-            moments.insert(draw.randrange(len(moments) + 1), None)
+            moments.insert(draw.randrange(len(moments)), None)
         for moment in moments:
             child = server.start(killed, total)
             if moment is None:
-                time.sleep(draw.uniform(0, 1.0))
+                time.sleep(draw.uniform(0, 0.5))
             else:
                 deadline = time.monotonic() + 50
                 while steps_logged(killed) < moment and time.monotonic() < deadline:

@@ -79,11 +79,9 @@ def test_best_adapters_on_the_validation_split_are_returned(tmp_path):
     assert same(best, finetune(adapted, params, task, steps=4, optimizer=toy.SGD, **BASE))
     assert '{"step": 4, "validation": 0.9}' in (tmp_path / "log").read_text()
     # The score is the metric of the adapters at that step.
-    scores = [
-        np.sum(toy.logits(task.head.params, adapted.apply(params, best, **b["inputs"])))
-        for b in eval_batches(task, "validation", 24)
-    ]
-    assert seen[1] == pytest.approx(float(sum(scores)), rel=1e-5)
+    (batch,) = eval_batches(task, "validation", 24)
+    scores = toy.logits(task.head.params, adapted.apply(params, best, **batch["inputs"]))
+    assert seen[1] == pytest.approx(float(np.sum(scores)), rel=1e-5)
     unclear = dataclasses.replace(task, metric=lambda scores, labels: float("nan"))
     with pytest.raises(NonFiniteError, match="validation score is nan"):
         finetune(adapted, params, unclear, steps=2, validate_every=1, **BASE)
@@ -180,9 +178,8 @@ def test_own_schedule_and_weight_decay():
     start = jax.tree.map(jnp.ones_like, adapted.init(jax.random.key(1), params, np.ones((1, toy.FEATURES), np.float32)))
     still = finetune(adapted, params, toy.make_task(), adapters=start, steps=2, schedule=lambda k: 0.0 * k, **BASE)
     assert same(still, start)
-    decayed = finetune(
-        adapted, params, toy.make_task(), adapters=start, steps=1, weight_decay=1e6, learning_rate=1e-7, warmup=0, **BASE
-    )
+    settings = dict(adapters=start, steps=1, weight_decay=1e6, learning_rate=1e-7, warmup=0)
+    decayed = finetune(adapted, params, toy.make_task(), **settings, **BASE)
     for leaf in jax.tree.leaves(decayed):
         np.testing.assert_allclose(leaf, 0.9, atol=1e-5)
 
