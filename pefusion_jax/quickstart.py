@@ -180,7 +180,7 @@ def _suite(settings: Settings, model: Any, params: Any) -> list[tasks.Task]:
         load_tokenizer(settings.model),
         settings.tasks or None,
         max_length=settings.max_length,
-        buckets=(16, settings.max_length) if settings.max_length > 16 else (settings.max_length,),
+        buckets=sorted({16, 24, settings.max_length}),
     )
     return [
         dataclasses.replace(

@@ -66,7 +66,7 @@ def _body(mail: email.message.Message) -> str:
     # Some mails call their HTML text/plain: look at the text, not only at the header.
     plain = texts["text/plain"]
     text = plain if plain.strip() else texts["text/html"]
-    if re.search(r"<(html|body|table|font|p|br|center)\b", text, re.I):
+    if re.search(r"</?(html|body|table|t[dr]|font|p|br|hr|center|a|img|div|span|b|i|u|strong|li|ul|h\d)\b", text, re.I):
         visible = _Visible()
         visible.feed(text)
         text = "".join(visible.parts)
