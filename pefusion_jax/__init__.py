@@ -1,9 +1,9 @@
 """Parameter-efficient fine-tuning, partial linearization and multi-task fusion in JAX.
 
-    model, params = pf.load_pretrained("sentence-transformers/all-MiniLM-L6-v2")
-    lora = pf.adapt(model, pf.LoRA(rank=16, alpha=32, targets=r".*/(query|value)"))
-    phi0 = lora.init(jax.random.key(0), params, batch)
-    llora = pf.linearize(lora, phi0)
+model, params = pf.load_pretrained("sentence-transformers/all-MiniLM-L6-v2")
+lora = pf.adapt(model, pf.LoRA(rank=16, alpha=32, targets=r".*/(query|value)"))
+phi0 = lora.init(jax.random.key(0), params, batch)
+llora = pf.linearize(lora, phi0)
 """
 
 # Sub-packages that are used by name.

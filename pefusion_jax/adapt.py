@@ -96,7 +96,7 @@ class Adapted(NamedTuple):
         weight-space change in place of adapters.
       trainable: ``adapters -> `` nested dictionary of the leaves that are trained.
       moving: ``adapters -> `` nested dictionary of the trained leaves whose derivative at ``adapters`` is not identically 0.
-      pushforward: for models affine in a displacement: ``(params, stacked, *inputs, **kwargs) -> (f0, J tau_t)``, the second with a leading axis over the stacked displacements. ``None`` for all others.
+      pushforward: for models affine in a displacement: ``(params, stacked, *inputs, **kwargs) -> (f0, J tau)``, the second with a leading axis over the stacked displacements. ``None`` for all others.
       expand: builds a forward pass that treats each adapted site in another way; ``linearize`` uses it, and its result has none.
       folds: whether ``apply(params, a)`` equals ``base(fold(params, deltas(params, a)))``.
     """

@@ -205,9 +205,7 @@ def _weight(adapted: Adapted, expand: Expansions, phi0: Any, full: Any, pick: An
         def change(rule: Any, site: str, leaves: Any, weights: Any) -> Any:
             moved = jax.tree.map(jnp.add, leaves[0], leaves[1])
             before, after = rule.change(site, leaves[0], weights), rule.change(site, moved, weights)
-            return {
-                n: after[n] if _is_zero(before[n]) else weighted_sum([after[n], before[n]], (1.0, -1.0)) for n in before
-            }
+            return {n: after[n] if _is_zero(before[n]) else weighted_sum([after[n], before[n]], (1.0, -1.0)) for n in before}
 
         return expand.changes(params, (phi0, full(tau)), change)
 

@@ -25,9 +25,11 @@ from pefusion_jax.linearize import linearize
 from pefusion_jax.methods import LoRA
 from pefusion_jax.training import finetune
 
-SCALES = tuple(round(0.1 * i, 1) for i in range(1, 11))
-TIES_SCALES = (0.6, 1.0, 1.6)
+# Every point costs a non-linear model one pass over the validation examples of all tasks, so the grids are coarse.
+SCALES = (0.2, 0.4, 0.6, 0.8, 1.0)
+TIES_SCALES = (1.0, 1.6)
 TIES_DENSITIES = (0.2, 0.5)
+BATCH = 24  # divides the default numbers of examples: no row is computed to fill up a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Settings:
     """Hub id or folder of a BERT encoder."""
     tasks: tuple[str, ...] = ()
     """Embedded tasks; all six if none is named."""
-    steps: int = 60
+    steps: int = 36
     """Training steps of each adapter."""
     batch_size: int = 16
     """Examples of a step."""
@@ -54,9 +56,9 @@ class Settings:
     """Peak learning rate of network-linearized LoRA."""
     max_length: int = 32
     """Longest text, in tokens."""
-    validation_examples: int = 64
+    validation_examples: int = 48
     """Validation examples of each task that choices are made on."""
-    test_examples: int = 200
+    test_examples: int = 120
     """Test examples of each task."""
     seed: int = 0
     """Seed of adapters, data order and everything else random."""
@@ -115,7 +117,7 @@ def quickstart(
         inputs = tasks.train_batch(suite[0], 0, settings.batch_size, settings.seed)["inputs"]
         phi0 = lora.init(jax.random.key(settings.seed), params, **inputs)
         network, layer = linearize(lora, phi0, "network"), linearize(lora, phi0, "layer")
-        zero_shot = evaluation.evaluate_base(lora, params, suite)
+        zero_shot = evaluation.evaluate_base(lora, params, suite, batch_size=BATCH)
         rows = [evaluation.Row("zero-shot", "base model", zero_shot)]
         stage(f"zero-shot: mean test accuracy {zero_shot.mean:.3f}")
 
@@ -132,16 +134,18 @@ def quickstart(
             # An adapter in its layers and the same change folded into the weights are the same function, so that one
             # compiled forward pass serves every plain model here. A network-linear model has its own.
             score = _network_scorer(kind, params, suite) if key == "network" else _plain_scorer(lora, params, suite)
-            single = _single(kind, score)
-            own = _own(single["test"])
-            rows += [evaluation.Row(f"trained on {name}", title, scores, own) for name, scores in single["test"].items()]
+            units = _units(kind)
+            single = {name: score(unit, (1.0,), "test", None)[0] for name, unit in units.items()}
+            own = _own(single)
+            reference = _own({name: score(unit, (1.0,), "validation", name)[0] for name, unit in units.items()})
+            rows += [evaluation.Row(f"trained on {name}", title, scores, own) for name, scores in single.items()]
             rows.append(evaluation.Row("single-task models", title, own))
             spaces = {title: _weight_space(kind)}
             if key == "lora":
                 spaces = {"LoRA, weight space": spaces[title], "LoRA, adapter space": _adapter_space(kind, lora, params, phi0)}
             chosen: list[_Choice] = []
             for space, directions in spaces.items():
-                choices, curves[space] = _fusions(directions, score, _own(single["validation"]))
+                choices, curves[space] = _fusions(directions, score, reference)
                 chosen = chosen or choices
                 rows += [evaluation.Row(choice.name, space, choice.scores, own) for choice in choices]
                 details[space] = {c.name: {"chosen": c.detail, "validation": c.validation} for c in choices}
@@ -217,13 +221,14 @@ class _Direction(NamedTuple):
     coefficients: np.ndarray | None
 
 
-# (direction, scales, split) -> one Scores for each scale.
-_Scorer = Callable[[_Direction, Sequence[float], str], list[evaluation.Scores]]
+# (direction, scales, split, name of the only task to score or None for all) -> one Scores for each scale.
+_Scorer = Callable[[_Direction, Sequence[float], str, str | None], list[evaluation.Scores]]
 
 
 def _plain_scorer(lora: Adapted, params: Any, suite: Sequence[Any]) -> _Scorer:
-    def score(direction: _Direction, scales: Sequence[float], split: str) -> list[evaluation.Scores]:
-        return [evaluation.evaluate(lora, params, direction.at(s), suite, split=split) for s in scales]
+    def score(direction: _Direction, scales: Sequence[float], split: str, only: str | None) -> list[evaluation.Scores]:
+        here = [task for task in suite if only in (None, task.name)]
+        return [evaluation.evaluate(lora, params, direction.at(s), here, split=split, batch_size=BATCH) for s in scales]
 
     return score
 
@@ -231,22 +236,22 @@ def _plain_scorer(lora: Adapted, params: Any, suite: Sequence[Any]) -> _Scorer:
 def _network_scorer(kind: _Kind, params: Any, suite: Sequence[Any]) -> _Scorer:
     """Exact and nearly free: T + 1 forward passes of a split give every combination of the task vectors at every scale."""
     cached = {
-        split: evaluation.cache_outputs(kind.adapted, params, kind.trees, suite, split=split)
+        split: evaluation.cache_outputs(kind.adapted, params, kind.trees, suite, split=split, batch_size=BATCH)
         for split in ("validation", "test")
     }
 
-    def score(direction: _Direction, scales: Sequence[float], split: str) -> list[evaluation.Scores]:
-        known = cached[split]
+    def score(direction: _Direction, scales: Sequence[float], split: str, only: str | None) -> list[evaluation.Scores]:
+        known, here = cached[split], [task for task in suite if only in (None, task.name)]
         if direction.coefficients is not None:
-            table = evaluation.sweep(known, suite, np.outer(scales, direction.coefficients))
+            table = evaluation.sweep(known, here, np.outer(scales, direction.coefficients))
         else:  # not a combination of the task vectors: one more pass, exact in the scale all the same
             change, moved = direction.at(1.0), {}
-            for task in suite:
-                features, _ = evaluation.predict(kind.adapted, params, change, task, split=split)
+            for task in here:
+                features, _ = evaluation.predict(kind.adapted, params, change, task, split=split, batch_size=BATCH)
                 moved[task.name] = features - known.base[task.name]
             along = known._replace(names=("direction",), moved={name: value[None] for name, value in moved.items()})
-            table = evaluation.sweep(along, suite, np.asarray(scales)[:, None])
-        return [_scores(suite, row, known.labels) for row in table]
+            table = evaluation.sweep(along, here, np.asarray(scales)[:, None])
+        return [_scores(here, row, known.labels) for row in table]
 
     return score
 
@@ -258,13 +263,10 @@ def _scores(suite: Sequence[Any], values: Any, labels: Mapping[str, Any]) -> eva
     return evaluation.Scores(found, {n: float(np.sqrt(p * (1.0 - p) / counts[n])) for n, p in found.items()}, counts)
 
 
-def _single(kind: _Kind, score: _Scorer) -> dict[str, dict[str, evaluation.Scores]]:
-    """Every single-task model on every task: ``{split: {task trained on: scores}}``."""
+def _units(kind: _Kind) -> dict[str, _Direction]:
+    """The single-task models, as directions."""
     names = sorted(kind.changes)  # the order of coefficients in cached outputs
-    units = {name: _Direction(_straight(kind.changes[name]), np.eye(len(names))[i]) for i, name in enumerate(names)}
-    return {
-        split: {name: score(units[name], (1.0,), split)[0] for name in kind.changes} for split in ("validation", "test")
-    }
+    return {name: _Direction(_straight(kind.changes[name]), np.eye(len(names))[names.index(name)]) for name in kind.changes}
 
 
 def _own(scores: Mapping[str, evaluation.Scores]) -> evaluation.Scores:
@@ -280,16 +282,18 @@ def _fusions(directions: Mapping[str, _Direction], score: _Scorer, reference: ev
     """Chooses each method's coefficients by mean normalized validation score, then scores it on test, once."""
     tasks_count = len(reference)
 
-    def choose(name: str, options: Sequence[tuple[str, _Direction, Sequence[float]]]) -> tuple[_Choice, list[evaluation.Scores]]:
+    def choose(
+        name: str, options: Sequence[tuple[str, _Direction, Sequence[float]]]
+    ) -> tuple[_Choice, list[evaluation.Scores]]:
         tried = [
             (scores.normalized(reference).mean, label, direction, scale, scores)
             for label, direction, scales in options
-            for scale, scores in zip(scales, score(direction, scales, "validation"), strict=True)
+            for scale, scores in zip(scales, score(direction, scales, "validation", None), strict=True)
         ]
         best = max(tried, key=lambda entry: entry[0])  # the first of equals: the smallest scale
         _, label, direction, scale, _ = best
         detail = f"{label}scale {scale:g}"
-        test = score(direction, (scale,), "test")[0]
+        test = score(direction, (scale,), "test", None)[0]
         return _Choice(name, detail, direction.at(scale), best[0], test), [entry[4] for entry in tried]
 
     average, _ = choose("average", [("", directions["sum"], (1.0 / tasks_count,))])
@@ -327,9 +331,7 @@ def _adapter_space(kind: _Kind, lora: Adapted, params: Any, phi0: Any) -> dict[s
     return _directions(merge, len(moved))
 
 
-def _save(
-    folder: Path, settings: Settings, kind: _Kind, best: _Choice, params: Any, method: LoRA, phi0: Any
-) -> None:
+def _save(folder: Path, settings: Settings, kind: _Kind, best: _Choice, params: Any, method: LoRA, phi0: Any) -> None:
     mode = None if kind.key == "lora" else kind.key
     common: dict[str, Any] = {"model": settings.model, "params": params, "methods": method, "mode": mode, "adapters0": phi0}
     for name, tree in kind.trees.items():

@@ -25,8 +25,7 @@ def paths(tree: Tree) -> dict[str, Any]:
       tree: any pytree; dictionary keys, attribute names and sequence indices become path segments.
     """
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 

@@ -33,9 +33,7 @@ def timed(function):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--tasks", nargs=4, default=["genre", "intents", "spam", "supersense"])
     parser.add_argument("--examples", type=int, default=64, help="validation examples of each task")
@@ -54,8 +52,7 @@ def main():
     inputs = pf.tasks.train_batch(tasks[0], 0, 16, 0)["inputs"]
     linear = pf.linearize(lora, lora.init(jax.random.key(0), params, **inputs))
     taus = {
-        task.name: pf.finetune(linear, params, task, steps=options.steps, learning_rate=3e-3, progress=False)
-        for task in tasks
+        task.name: pf.finetune(linear, params, task, steps=options.steps, learning_rate=3e-3, progress=False) for task in tasks
     }
 
     grid = subset_grid(len(tasks), np.linspace(0.0, 1.0, 21))
@@ -66,9 +63,7 @@ def main():
         return cached, sweep(cached, tasks, grid)
 
     def ordinary(points):
-        return sweep_trees(
-            linear, params, lambda c: pf.fuse(pf.fusion.task_arithmetic(c), taus), points, tasks
-        )
+        return sweep_trees(linear, params, lambda c: pf.fuse(pf.fusion.task_arithmetic(c), taus), points, tasks)
 
     (cached, scores), first_exact = timed(exact)
     _, first_point = timed(lambda: ordinary(sample[:1]))

@@ -41,7 +41,14 @@ from pefusion_jax.backbones.layers import ACTIVATIONS, LayerNorm, stack_layers, 
 from pefusion_jax.backbones.taps import Tap
 
 __all__ = [
-    "Bert", "BertConfig", "BertOutput", "name_table", "params_from_hf", "params_to_hf", "stack_layers", "unstack_layers",
+    "Bert",
+    "BertConfig",
+    "BertOutput",
+    "name_table",
+    "params_from_hf",
+    "params_to_hf",
+    "stack_layers",
+    "unstack_layers",
 ]
 
 # Fields of config.json that change nothing about the forward pass.
@@ -97,8 +104,7 @@ class BertConfig:
                 raise ValueError(f"BertConfig.{field.name} must be a number, not {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"BertConfig.hidden_size={self.hidden_size} is not a multiple of "
-                f"num_attention_heads={self.num_attention_heads}"
+                f"BertConfig.hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
             )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(
@@ -133,7 +139,8 @@ class BertConfig:
         problems += [f"{key}={raw[key]!r} (unknown field)" for key in raw if key not in known]
         if problems:
             raise ValueError(
-                "this config.json asks for what the BERT backbone does not implement: " + "; ".join(problems)
+                "this config.json asks for what the BERT backbone does not implement: "
+                + "; ".join(problems)
                 + ". A field that changes nothing about the model can be deleted from a copy of the file."
             )
         if tensor_names is None:
@@ -206,13 +213,9 @@ class _SelfAttention(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         heads, width = self.config.num_attention_heads, self.config.hidden_size
-        query, key, value = (
-            Tap(name=f"tap_{name}")(self.dense(width, name)(x)) for name in ("query", "key", "value")
-        )
+        query, key, value = (Tap(name=f"tap_{name}")(self.dense(width, name)(x)) for name in ("query", "key", "value"))
         # Heads in front: plain batched products, which XLA's CPU backend runs a fifth faster than the einsum over [b, s, h, d].
-        query, key, value = (
-            y.reshape(*y.shape[:2], heads, width // heads).swapaxes(1, 2) for y in (query, key, value)
-        )
+        query, key, value = (y.reshape(*y.shape[:2], heads, width // heads).swapaxes(1, 2) for y in (query, key, value))
         # Scores and softmax are float32 whatever the compute dtype.
         scores = jnp.matmul(query, key.swapaxes(2, 3), preferred_element_type=jnp.float32)
         scores = scores * jnp.float32((width // heads) ** -0.5)
@@ -387,9 +390,7 @@ class Bert(nn.Module):
         parts = {"config": self.config, "dtype": self.dtype, "deterministic": deterministic}
         embeddings = _Embeddings(**parts, name="embeddings")
         first = embeddings(ids, types, positions)
-        encoder = _Encoder(
-            **parts, keep=output_hidden_states, scan_layers=self.scan_layers, remat=self.remat, name="encoder"
-        )
+        encoder = _Encoder(**parts, keep=output_hidden_states, scan_layers=self.scan_layers, remat=self.remat, name="encoder")
         last, kept = encoder(first, mask)
         return BertOutput(
             last_hidden_state=last,
@@ -413,11 +414,13 @@ class Bert(nn.Module):
 
 
 # Tensors of real files that are no parameters of this model, by their full names after the "bert." prefix.
-_IGNORED = frozenset({
-    "embeddings.position_ids",  # a constant 0, 1, 2, ...
-    "cls.seq_relationship.weight",  # the next-sentence head of pretraining, which this model does not have
-    "cls.seq_relationship.bias",
-})
+_IGNORED = frozenset(
+    {
+        "embeddings.position_ids",  # a constant 0, 1, 2, ...
+        "cls.seq_relationship.weight",  # the next-sentence head of pretraining, which this model does not have
+        "cls.seq_relationship.bias",
+    }
+)
 # Copies that some files store of tied tensors; they must equal the original.
 _TIED = {
     "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",

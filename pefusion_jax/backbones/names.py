@@ -66,21 +66,22 @@ def read(tensors: Mapping[str, np.ndarray], table: Table, what: str) -> dict[str
             if tuple(tensors[name].shape) != wanted[name].shape
         ],
         "not of a floating dtype": [
-            f"{name} {tensors[name].dtype}"
-            for name in shared
-            if not jnp.issubdtype(tensors[name].dtype, jnp.floating)
+            f"{name} {tensors[name].dtype}" for name in shared if not jnp.issubdtype(tensors[name].dtype, jnp.floating)
         ],
     }
     if any(problems.values()):
         lines = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
         raise ValueError(
-            f"these weights do not fit {what} ({len(shared)} of {len(wanted)} names match):\n  " + "\n  ".join(lines)
+            f"these weights do not fit {what} ({len(shared)} of {len(wanted)} names match):\n  "
+            + "\n  ".join(lines)
             + "\nCheck that config.json and the weights belong to the same model, and that the model is of this kind."
         )
-    return trees.nest({
-        path: np.ascontiguousarray(tensors[entry.name].transpose(entry.axes)) if entry.axes else tensors[entry.name]
-        for path, entry in table.items()
-    })
+    return trees.nest(
+        {
+            path: np.ascontiguousarray(tensors[entry.name].transpose(entry.axes)) if entry.axes else tensors[entry.name]
+            for path, entry in table.items()
+        }
+    )
 
 
 def write(params: Mapping[str, Any], table: Table, what: str) -> dict[str, np.ndarray]:

@@ -60,9 +60,7 @@ def plot_scores(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     figure, axes = _figure(0.075 * longest + 0.75 * (place[-1] + 1) + 1.1, 0.27 * len(lines) + 0.95)
     colours = _sequential()
     for y, (name, group, numbers) in enumerate(lines):
-        axes.text(
-            -0.62, y, name, ha="right", va="center", fontsize=8, fontweight="normal" if group else "bold"
-        )
+        axes.text(-0.62, y, name, ha="right", va="center", fontsize=8, fontweight="normal" if group else "bold")
         for x, number in zip(range(len(columns)), numbers, strict=True):
             if np.isnan(number):
                 continue
@@ -127,9 +125,7 @@ def plot_sweep(
             raise ValueError(f"there are no scores to draw{f' for {title!r}' if title else ''}")
         for task, curve in panel.items():
             if curve.shape != x.shape:
-                raise ValueError(
-                    f"{task!r} has scores {curve.shape} for coefficients {x.shape}; they must agree"
-                )
+                raise ValueError(f"{task!r} has scores {curve.shape} for coefficients {x.shape}; they must agree")
     tasks = list(dict.fromkeys(task for panel in panels.values() for task in panel))
 
     figure, all_axes = _figure(2.6 * len(panels) + 1.5, 2.7, columns=len(panels))
@@ -160,9 +156,7 @@ def plot_sweep(
             linestyle="none",
             markeredgecolor="white",
         )
-        axes.set_title(
-            f"{title}\n" * bool(title) + f"best mean {mean[best]:.3f} at {x[best]:.3g}", fontsize=8
-        )
+        axes.set_title(f"{title}\n" * bool(title) + f"best mean {mean[best]:.3f} at {x[best]:.3g}", fontsize=8)
         axes.set_xlabel(label, fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(True, linewidth=0.4, alpha=0.5)
@@ -185,9 +179,7 @@ def plot_sweep(
     for title, panel in panels.items():
         for p, value in enumerate(x):
             curves = [repr(float(panel[task][p])) if task in panel else "" for task in tasks]
-            writer.writerow(
-                [title, repr(float(value)), *curves, repr(float(np.mean([c[p] for c in panel.values()])))]
-            )
+            writer.writerow([title, repr(float(value)), *curves, repr(float(np.mean([c[p] for c in panel.values()])))])
     _save(figure, path, out.getvalue())
 
 
@@ -213,9 +205,7 @@ def plot_cosine(
     """
     values = np.asarray(matrix, np.float64)
     if values.shape != (len(names), len(names)) or not len(names):
-        raise ValueError(
-            f"a matrix {values.shape} does not fit {len(names)} names; needed is one row and column a name"
-        )
+        raise ValueError(f"a matrix {values.shape} does not fit {len(names)} names; needed is one row and column a name")
     # The diagonal is 1 by definition; in colour it would hide the differences elsewhere.
     same = np.eye(len(names), dtype=bool)
     limit = max(float(np.abs(values[~same]).max(initial=0.0)), 0.05)

@@ -102,9 +102,7 @@ class Comparison:
             ).rstrip()
             for line in lines
         ]
-        return "\n".join(
-            ([self.title, ""] if self.title else []) + [text[0], "-" * max(map(len, text)), *text[1:]]
-        )
+        return "\n".join(([self.title, ""] if self.title else []) + [text[0], "-" * max(map(len, text)), *text[1:]])
 
     def markdown(self) -> str:
         """A Markdown table; scores in percent, the best of a kind in each column in bold."""
@@ -131,9 +129,7 @@ class Comparison:
         for row in self.rows:
             cells = self.cells(row)
             pairs = [v for task in self.tasks for v in (row.scores[task], row.scores.stderr.get(task))]
-            writer.writerow(
-                [row.name, row.kind, *("" if v is None else repr(float(v)) for v in [*pairs, *cells[-3:]])]
-            )
+            writer.writerow([row.name, row.kind, *("" if v is None else repr(float(v)) for v in [*pairs, *cells[-3:]])])
         return out.getvalue()
 
     def to_dict(self) -> dict[str, Any]:

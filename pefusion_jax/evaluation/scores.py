@@ -76,13 +76,9 @@ class Scores(Mapping[str, float]):
         """
         for task in self:
             if task not in reference:
-                raise ValueError(
-                    f"the reference has no score for {task!r}; it has {', '.join(reference) or 'none'}"
-                )
+                raise ValueError(f"the reference has no score for {task!r}; it has {', '.join(reference) or 'none'}")
             if not reference[task] > 0:
-                raise ValueError(
-                    f"the reference score of {task!r} is {reference[task]}; a ratio needs a positive one"
-                )
+                raise ValueError(f"the reference score of {task!r} is {reference[task]}; a ratio needs a positive one")
         return Scores(
             {task: self[task] / reference[task] for task in self},
             {task: error / reference[task] for task, error in self.stderr.items()},
@@ -225,9 +221,7 @@ def standard_error(task: Task, logits: np.ndarray, labels: np.ndarray, score: fl
     return float(np.std([task.metric(logits[draw], labels[draw]) for draw in draws], ddof=1))
 
 
-def _evaluate(
-    mode: str, adapted: Any, params: Any, tree: Any, tasks: Any, split: str, batch_size: int
-) -> Scores:
+def _evaluate(mode: str, adapted: Any, params: Any, tree: Any, tasks: Any, split: str, batch_size: int) -> Scores:
     values, errors, counts = {}, {}, {}
     for name, task in named_tasks(tasks).items():
         batches = eval_batches(task, split, batch_size)
@@ -260,9 +254,7 @@ def _features(
 # Keyed by functions, which live at module level or in an Adapted; arrays are always arguments of the
 # programs.
 @functools.lru_cache(maxsize=64)
-def _features_program(
-    adapted: Any, features: Callable[..., jax.Array], mode: str
-) -> Callable[..., jax.Array]:
+def _features_program(adapted: Any, features: Callable[..., jax.Array], mode: str) -> Callable[..., jax.Array]:
     def run(params: Any, tree: Any, inputs: Any) -> jax.Array:
         if mode == "base":
             outputs = adapted.base(params, **inputs)

@@ -115,12 +115,8 @@ def cache_outputs(
         base[task_name], moved[task_name] = np.concatenate(primal), np.concatenate(tangent, axis=1)
         labels[task_name] = np.concatenate(kept)
         if not (np.isfinite(base[task_name]).all() and np.isfinite(moved[task_name]).all()):
-            raise ValueError(
-                f"task {task_name!r}: features on {split} are not finite; check the displacements"
-            )
-    return Cached(
-        names, base, moved, labels, split, forwards=len(by_name) * (len(names) + 1), batches=batches
-    )
+            raise ValueError(f"task {task_name!r}: features on {split} are not finite; check the displacements")
+    return Cached(names, base, moved, labels, split, forwards=len(by_name) * (len(names) + 1), batches=batches)
 
 
 def sweep(
@@ -168,9 +164,7 @@ def subset_grid(count: int, values: Sequence[float] | np.ndarray) -> np.ndarray:
       fastest. Members have the value, others 0.
     """
     if count < 1 or not len(values):
-        raise ValueError(
-            f"a grid needs at least one displacement and one value, got {count} and {len(values)}"
-        )
+        raise ValueError(f"a grid needs at least one displacement and one value, got {count} and {len(values)}")
     rows = [
         [float(value) if t in subset else 0.0 for t in range(count)]
         for size in range(1, count + 1)
@@ -201,17 +195,11 @@ def best_coefficients(
     """
     points, table = np.asarray(coefficients), np.asarray(scores, np.float64)
     if points.ndim != 2 or table.ndim != 2 or len(points) != len(table) or not len(table):
-        raise ValueError(
-            f"coefficients {points.shape} and scores {table.shape} must have the same number of points, not 0"
-        )
+        raise ValueError(f"coefficients {points.shape} and scores {table.shape} must have the same number of points, not 0")
     if reference is not None:
-        divisor = np.asarray(
-            list(reference.values()) if isinstance(reference, Mapping) else reference, np.float64
-        )
+        divisor = np.asarray(list(reference.values()) if isinstance(reference, Mapping) else reference, np.float64)
         if divisor.shape != table.shape[1:] or not (divisor > 0).all():
-            raise ValueError(
-                f"reference scores must be positive, one for each of {table.shape[1]} tasks, not {divisor}"
-            )
+            raise ValueError(f"reference scores must be positive, one for each of {table.shape[1]} tasks, not {divisor}")
         table = table / divisor[None, :]
     means = table.mean(axis=1)
     if not np.isfinite(means).all():
@@ -247,9 +235,7 @@ def sweep_trees(
     """
     points = np.asarray(coefficients, np.float32)
     if points.ndim != 2 or not len(points):
-        raise ValueError(
-            f"coefficients have shape {points.shape}; needed is [point, k] with at least one point"
-        )
+        raise ValueError(f"coefficients have shape {points.shape}; needed is [point, k] with at least one point")
     by_name = named_tasks(tasks)
     batches = {name: list(eval_batches(task, split, batch_size)) for name, task in by_name.items()}
     rows = []

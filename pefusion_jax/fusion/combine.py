@@ -71,25 +71,17 @@ def fuse(
     if space not in ("weight", "adapter"):
         raise ValueError(f"space must be 'weight' or 'adapter', not {space!r}")
     if init is not None and space != "adapter":
-        raise ValueError(
-            "init is the common start of adapters that are fused in space='adapter'; pass it, or no init"
-        )
+        raise ValueError("init is the common start of adapters that are fused in space='adapter'; pass it, or no init")
     if (adapted is None) != (params is None) and space == "weight":
-        raise ValueError(
-            "weight space needs both adapted and params; pass both, or neither for the trees' own leaves"
-        )
+        raise ValueError("weight space needs both adapted and params; pass both, or neither for the trees' own leaves")
 
     by_name = dict(zip(names, given, strict=True))
     if any(isinstance(tree, Delta) for tree in given):
         if space == "adapter":
-            raise ValueError(
-                "a Delta is a weight change and cannot be fused in space='adapter'; leave space at 'weight'"
-            )
+            raise ValueError("a Delta is a weight change and cannot be fused in space='adapter'; leave space at 'weight'")
         for name, tree in by_name.items():
             if not isinstance(tree, Delta):
-                raise ValueError(
-                    f"{name!r} is a {type(tree).__name__} but other trees are Deltas; pass one kind"
-                )
+                raise ValueError(f"{name!r} is a {type(tree).__name__} but other trees are Deltas; pass one kind")
         return _fuse_deltas(method, by_name)
 
     tree_tools.require_same_structure(by_name)
@@ -109,9 +101,7 @@ def _named(trees: Mapping[str, Tree] | Sequence[Tree]) -> tuple[list[str], list[
     if isinstance(trees, Delta):
         raise ValueError("fuse takes a mapping name -> tree or a sequence of trees, but was given one Delta")
     if not trees:
-        raise ValueError(
-            "there is nothing to fuse: no trees were given; pass a mapping name -> tree with at least one"
-        )
+        raise ValueError("there is nothing to fuse: no trees were given; pass a mapping name -> tree with at least one")
     if isinstance(trees, Mapping):
         names = sorted(trees)
         return names, [trees[name] for name in names]
@@ -125,9 +115,7 @@ def _check(name: str, leaves: dict[str, Any]) -> None:
     known = {}
     for path, leaf in leaves.items():
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"{name!r}: {path!r} is {jnp.result_type(leaf)}; only floating-point leaves can be combined"
-            )
+            raise ValueError(f"{name!r}: {path!r} is {jnp.result_type(leaf)}; only floating-point leaves can be combined")
         if not isinstance(leaf, jax.core.Tracer):
             known[path] = leaf
     if known:
@@ -154,18 +142,14 @@ def _fuse_deltas(method: Fusion, changes: dict[str, Delta]) -> Delta:
 
     def stacked(path: str, like: Any) -> jax.Array:
         zero = jnp.zeros(like.shape, like.dtype)
-        return jnp.stack(
-            [deltas.dense(delta.leaves[path]) if path in delta.leaves else zero for delta in changes.values()]
-        )
+        return jnp.stack([deltas.dense(delta.leaves[path]) if path in delta.leaves else zero for delta in changes.values()])
 
     return Delta(method.apply({path: stacked(path, specs[path][1]) for path in sorted(specs)}))
 
 
 def _combine(path: str, weights: jax.Array, changes: dict[str, Delta]) -> Any:
     """The weighted sum of one parameter's changes, in float32 or wider, stored as the changes were."""
-    present = [
-        (weights[t], delta.leaves[path]) for t, delta in enumerate(changes.values()) if path in delta.leaves
-    ]
+    present = [(weights[t], delta.leaves[path]) for t, delta in enumerate(changes.values()) if path in delta.leaves]
     dtype = present[0][1].dtype
     wide = tree_tools.wide_dtype(dtype)
     factors = [weight.astype(wide) for weight, _ in present]

@@ -27,9 +27,7 @@ def average() -> Fusion:
     return linear(lambda count: jnp.full((count,), 1.0 / count, _float()))
 
 
-def weighted_average(
-    weights: Mapping[str, Any] | Sequence[Any] | jax.Array, *, normalize: bool = False
-) -> Fusion:
+def weighted_average(weights: Mapping[str, Any] | Sequence[Any] | jax.Array, *, normalize: bool = False) -> Fusion:
     r"""Weighted combination.
 
     .. math:: \tau = \sum_t w_t \tau_t
@@ -144,9 +142,7 @@ def _coefficients(given: Any, method: str) -> tuple[jax.Array, tuple[str, ...] |
         return jnp.stack([jnp.asarray(given[task], _float()) for task in tasks]), tasks
     values = jnp.asarray(given, _float()) if hasattr(given, "dtype") else _stacked(given)
     if values.ndim != 1:
-        raise ValueError(
-            f"{method} needs one weight for each task, shape [task], but got shape {values.shape}"
-        )
+        raise ValueError(f"{method} needs one weight for each task, shape [task], but got shape {values.shape}")
     return values, None
 
 
@@ -159,9 +155,7 @@ def _stacked(given: Sequence[Any]) -> jax.Array:
 def _exactly(values: jax.Array, method: str) -> Callable[[int], jax.Array]:
     def weights(count: int) -> jax.Array:
         if len(values) != count:
-            raise ValueError(
-                f"{method} has {len(values)} weights but got {count} trees; give one weight for each tree"
-            )
+            raise ValueError(f"{method} has {len(values)} weights but got {count} trees; give one weight for each tree")
         return values
 
     return weights
@@ -186,11 +180,7 @@ def require_tasks(method: Fusion, names: Sequence[str] | None) -> None:
         )
     for task in method.tasks:
         if task not in names:
-            raise ValueError(
-                f"no tree for the task {task!r} that a weight is given for{trees.did_you_mean(task, names)}"
-            )
+            raise ValueError(f"no tree for the task {task!r} that a weight is given for{trees.did_you_mean(task, names)}")
     for name in names:
         if name not in method.tasks:
-            raise ValueError(
-                f"no weight for the task {name!r}; weights are given for {', '.join(method.tasks)}"
-            )
+            raise ValueError(f"no weight for the task {name!r}; weights are given for {', '.join(method.tasks)}")

@@ -138,9 +138,7 @@ def elect(by: Literal["sum", "count"] = "sum") -> Part:
         raise ValueError(f"signs are elected by 'sum' or 'count', not {by!r}")
 
     def part(stacked: Tree) -> Tree:
-        votes = jax.tree.map(
-            lambda leaf: jnp.sign(jnp.sum(leaf if by == "sum" else jnp.sign(leaf), axis=0)), stacked
-        )
+        votes = jax.tree.map(lambda leaf: jnp.sign(jnp.sum(leaf if by == "sum" else jnp.sign(leaf), axis=0)), stacked)
         balance = sum((jnp.sum(vote, dtype=jnp.int32) for vote in jax.tree.leaves(votes)), jnp.int32(0))
 
         def agreeing(leaf: jax.Array, vote: jax.Array) -> jax.Array:
@@ -188,9 +186,7 @@ def _keep_largest(leaves: list[jax.Array], density: float | jax.Array) -> list[j
     if total == 0:
         return leaves
     if total > jnp.iinfo(jnp.int32).max:
-        raise ValueError(
-            f"cannot rank {total} entries of one task together, more than 2**31 - 1; trim per tensor"
-        )
+        raise ValueError(f"cannot rank {total} entries of one task together, more than 2**31 - 1; trim per tensor")
     if isinstance(density, jax.core.Tracer):
         kept = jnp.clip(jnp.floor(density * total).astype(jnp.int32), 1, total)
     else:
@@ -205,10 +201,7 @@ def _keep(leaves: list[jax.Array], kept: jax.Array) -> list[jax.Array]:
     # The bit patterns of non-negative floats order as the floats do.
     widest = max((jnp.dtype(leaf.dtype) for leaf in leaves), key=lambda dtype: dtype.itemsize)
     unsigned = jnp.dtype(f"uint{8 * widest.itemsize}")
-    patterns = [
-        jax.lax.bitcast_convert_type(jnp.abs(leaf.astype(widest)), unsigned).reshape(tasks, -1)
-        for leaf in leaves
-    ]
+    patterns = [jax.lax.bitcast_convert_type(jnp.abs(leaf.astype(widest)), unsigned).reshape(tasks, -1) for leaf in leaves]
 
     def count(compare: Callable[[jax.Array, jax.Array], jax.Array], threshold: jax.Array) -> jax.Array:
         counts = [jnp.sum(compare(p, threshold[:, None]), axis=1, dtype=jnp.int32) for p in patterns]
@@ -222,9 +215,7 @@ def _keep(leaves: list[jax.Array], kept: jax.Array) -> list[jax.Array]:
     # The largest threshold that at least `kept` entries reach, from the highest bit below the sign downwards.
     threshold = jax.lax.fori_loop(0, 8 * widest.itemsize - 1, settle_bit, jnp.zeros((tasks,), unsigned))
 
-    room = kept - count(
-        jnp.greater, threshold
-    )  # entries equal to the threshold that may stay, the first ones
+    room = kept - count(jnp.greater, threshold)  # entries equal to the threshold that may stay, the first ones
     out = []
     for leaf, pattern in zip(leaves, patterns, strict=True):
         equal = pattern == threshold[:, None]

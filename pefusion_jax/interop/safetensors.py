@@ -92,9 +92,7 @@ class TensorInfo(NamedTuple):
     nbytes: int
 
 
-def read_header(
-    path: str | os.PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES
-) -> dict[str, TensorInfo]:
+def read_header(path: str | os.PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, TensorInfo]:
     """Reads and validates the header of a safetensors file without reading data.
 
     Args:
@@ -112,9 +110,7 @@ def read_header(
         return _parse(file, path, max_header_bytes)[0]
 
 
-def read_metadata(
-    path: str | os.PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES
-) -> dict[str, str]:
+def read_metadata(path: str | os.PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, str]:
     """Reads the ``__metadata__`` strings of a safetensors file, empty if there are none. Raises as ``read_header``."""
     with _open(path) as file:
         return _parse(file, path, max_header_bytes)[1]
@@ -143,7 +139,10 @@ def iter_safetensors(
         for name in wanted:
             if name not in infos:
                 raise WeightFileError(
-                    path, "a tensor is missing", tensor=name, found=f"{len(infos)} other tensors",
+                    path,
+                    "a tensor is missing",
+                    tensor=name,
+                    found=f"{len(infos)} other tensors",
                     remedy="check that the file belongs to this model",
                 )
         for name in wanted:
@@ -193,7 +192,9 @@ def save_safetensors(
     for key, value in meta.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise WeightFileError(
-                path, "metadata must map strings to strings", found=f"{key!r}: {value!r}",
+                path,
+                "metadata must map strings to strings",
+                found=f"{key!r}: {value!r}",
                 remedy="turn the value into a string, for instance with json.dumps",
             )
     arrays = {name: _storable(path, name, value) for name, value in tensors.items()}
@@ -242,7 +243,11 @@ def check_finite(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[str]
     if bad:
         listed = ", ".join(list(bad.values())[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise WeightFileError(
-            path, "weights are NaN or infinite", tensor=next(iter(bad)), expected="finite values", found=listed,
+            path,
+            "weights are NaN or infinite",
+            tensor=next(iter(bad)),
+            expected="finite values",
+            found=listed,
             remedy="the training run that wrote them diverged, or the file is damaged: use an earlier checkpoint",
         )
 
@@ -251,8 +256,10 @@ def _open(path: str | os.PathLike[str]) -> io.BufferedReader:
     path = Path(path)
     if path.suffix.lower() in _PICKLE_SUFFIXES:
         raise WeightFileError(
-            path, "this is a pickle format, which can run code when it is opened: it is never read",
-            expected="a .safetensors file", remedy=_CONVERT,
+            path,
+            "this is a pickle format, which can run code when it is opened: it is never read",
+            expected="a .safetensors file",
+            remedy=_CONVERT,
         )
     return open(path, "rb")
 
@@ -263,18 +270,23 @@ def _parse(
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
-        raise WeightFileError(path, "the file is too short for a safetensors file",
-                              expected="at least 8 bytes", found=f"{size} bytes")
+        raise WeightFileError(
+            path, "the file is too short for a safetensors file", expected="at least 8 bytes", found=f"{size} bytes"
+        )
     length = int.from_bytes(prefix, "little")
     if length > max_header_bytes or length > size - 8 or length < 2:
         if prefix[:4] == b"PK\x03\x04" or prefix[:1] == b"\x80":
             raise WeightFileError(
-                path, "this is a pickle (torch.save) under another name: it is never read",
-                expected="a safetensors file", remedy=_CONVERT,
+                path,
+                "this is a pickle (torch.save) under another name: it is never read",
+                expected="a safetensors file",
+                remedy=_CONVERT,
             )
         raise WeightFileError(
-            path, "the header length is impossible or above the limit",
-            expected=f"2 to {min(max_header_bytes, max(size - 8, 2))} bytes", found=f"{length} bytes",
+            path,
+            "the header length is impossible or above the limit",
+            expected=f"2 to {min(max_header_bytes, max(size - 8, 2))} bytes",
+            found=f"{length} bytes",
             remedy=_DOWNLOAD_AGAIN + "; a genuine file with a longer header: raise max_header_bytes",
         )
     header = _decode(file.read(length), path)
@@ -292,14 +304,19 @@ def _parse(
     for name, info in ordered.items():
         if info.offset != position:
             raise WeightFileError(
-                path, "byte ranges leave a hole" if info.offset > position else "byte ranges overlap",
-                tensor=name, expected=f"begin {position - start}", found=f"begin {info.offset - start}",
+                path,
+                "byte ranges leave a hole" if info.offset > position else "byte ranges overlap",
+                tensor=name,
+                expected=f"begin {position - start}",
+                found=f"begin {info.offset - start}",
             )
         position += info.nbytes
     if position != size:
         raise WeightFileError(
-            path, "the file is cut short" if position > size else "the file has bytes that no tensor owns",
-            expected=f"{position} bytes", found=f"{size} bytes",
+            path,
+            "the file is cut short" if position > size else "the file has bytes that no tensor owns",
+            expected=f"{position} bytes",
+            found=f"{size} bytes",
         )
     return ordered, metadata
 
@@ -319,8 +336,9 @@ def _decode(text: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
         json.dumps(header, ensure_ascii=False).encode("utf-8")  # escaped lone surrogates are not text either
     except (ValueError, RecursionError) as error:
-        raise WeightFileError(path, "the header is not a UTF-8 JSON object with unique keys",
-                              found=f"{type(error).__name__}: {error}") from None
+        raise WeightFileError(
+            path, "the header is not a UTF-8 JSON object with unique keys", found=f"{type(error).__name__}: {error}"
+        ) from None
     if not isinstance(header, dict):
         raise WeightFileError(path, "the header is not a JSON object", found=type(header).__name__)
     return header
@@ -328,17 +346,23 @@ def _decode(text: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _tensor_info(path: str | os.PathLike[str], name: str, entry: Any, start: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise WeightFileError(path, "a header entry has the wrong fields", tensor=name,
-                              expected="dtype, shape, data_offsets", found=entry)
+        raise WeightFileError(
+            path, "a header entry has the wrong fields", tensor=name, expected="dtype, shape, data_offsets", found=entry
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise WeightFileError(path, "unknown dtype", tensor=name, expected=", ".join(DTYPES), found=dtype,
-                              remedy="save the tensor in one of these dtypes")
+        raise WeightFileError(
+            path,
+            "unknown dtype",
+            tensor=name,
+            expected=", ".join(DTYPES),
+            found=dtype,
+            remedy="save the tensor in one of these dtypes",
+        )
     if not isinstance(shape, list) or not all(_is_size(dim) for dim in shape):
         raise WeightFileError(path, "a shape must be a list of non-negative integers", tensor=name, found=shape)
     if len(shape) > MAX_DIMS:
-        raise WeightFileError(path, "too many dimensions", tensor=name,
-                              expected=f"at most {MAX_DIMS}", found=len(shape))
+        raise WeightFileError(path, "too many dimensions", tensor=name, expected=f"at most {MAX_DIMS}", found=len(shape))
     # numpy cannot make an empty array whose other dimensions multiply beyond 63 bits either.
     extent = math.prod(dim for dim in shape if dim) * DTYPES[dtype].itemsize
     if extent >= 2**63:
@@ -350,8 +374,13 @@ def _tensor_info(path: str | os.PathLike[str], name: str, entry: Any, start: int
         raise WeightFileError(path, "a byte range ends before it begins", tensor=name, found=offsets)
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != nbytes:
-        raise WeightFileError(path, "the byte range does not fit dtype and shape", tensor=name,
-                              expected=f"{nbytes} bytes for {dtype} {shape}", found=f"{end - begin} bytes")
+        raise WeightFileError(
+            path,
+            "the byte range does not fit dtype and shape",
+            tensor=name,
+            expected=f"{nbytes} bytes for {dtype} {shape}",
+            found=f"{end - begin} bytes",
+        )
     return TensorInfo(DTYPES[dtype], tuple(shape), start + begin, nbytes)
 
 
@@ -361,16 +390,29 @@ def _is_size(value: Any) -> bool:
 
 def _storable(path: Path, name: Any, value: Any) -> np.ndarray:
     if not isinstance(name, str) or name == "__metadata__":
-        raise WeightFileError(path, "a tensor's name must be a string other than '__metadata__'", found=repr(name),
-                              remedy="rename the tensor")
+        raise WeightFileError(
+            path, "a tensor's name must be a string other than '__metadata__'", found=repr(name), remedy="rename the tensor"
+        )
     array = np.asarray(value)
     array = array.astype(array.dtype.newbyteorder("<"), copy=False) if array.dtype.kind in "iufc" else array
     if array.dtype not in _DTYPE_NAMES:
-        raise WeightFileError(path, "this dtype cannot be stored", tensor=name, expected=", ".join(DTYPES),
-                              found=array.dtype, remedy="cast the array first")
+        raise WeightFileError(
+            path,
+            "this dtype cannot be stored",
+            tensor=name,
+            expected=", ".join(DTYPES),
+            found=array.dtype,
+            remedy="cast the array first",
+        )
     if array.ndim > MAX_DIMS:
-        raise WeightFileError(path, "too many dimensions", tensor=name, expected=f"at most {MAX_DIMS}",
-                              found=array.ndim, remedy="reshape the array first")
+        raise WeightFileError(
+            path,
+            "too many dimensions",
+            tensor=name,
+            expected=f"at most {MAX_DIMS}",
+            found=array.ndim,
+            remedy="reshape the array first",
+        )
     return np.require(array, requirements="C")
 
 

@@ -17,8 +17,14 @@ from pefusion_jax.backbones import bert
 from pefusion_jax.interop import load_pretrained, load_safetensors, load_tokenizer, locate, save_safetensors
 
 BASE = dict(
-    vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
-    max_position_embeddings=16, type_vocab_size=2, attn_implementation="eager",
+    vocab_size=61,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=40,
+    max_position_embeddings=16,
+    type_vocab_size=2,
+    attn_implementation="eager",
 )
 VARIANTS = {
     "plain": {},
@@ -278,7 +284,8 @@ def test_taps_on_key_and_value_may_prepend_positions(scan_layers, folder):
     reference = tiny("plain")
     handles = [
         getattr(layer.attention.self, name).register_forward_hook(hook(name))
-        for layer in reference.encoder.layer for name in ("key", "value")
+        for layer in reference.encoder.layer
+        for name in ("key", "value")
     ]
     try:
         keep = np.concatenate([np.ones((3, 2), np.int32), MASK], 1)[:, None, None].repeat(7, 2)
@@ -318,8 +325,15 @@ def test_names_round_trip_bit_for_bit(variant, dtype, folder):
 
 @pytest.mark.parametrize("heads", [{"pooler": True}, {"masked_lm": True, "pooler": False}])
 def test_init_makes_the_tree_of_the_table(heads, key):
-    config = bert.BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
-                             intermediate_size=40, max_position_embeddings=16, **heads)
+    config = bert.BertConfig(
+        vocab_size=61,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=40,
+        max_position_embeddings=16,
+        **heads,
+    )
     made = jax.eval_shape(bert.Bert(config).init, key, IDS)["params"]
     table = bert.name_table(config)
     for path, leaf in trees.paths(made).items():
@@ -333,8 +347,15 @@ def test_init_makes_the_tree_of_the_table(heads, key):
 
 
 def test_scanned_layers_are_initialised_apart(key):
-    config = bert.BertConfig(vocab_size=5, hidden_size=4, num_hidden_layers=2, num_attention_heads=1,
-                             intermediate_size=4, max_position_embeddings=8, pooler=False)
+    config = bert.BertConfig(
+        vocab_size=5,
+        hidden_size=4,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        intermediate_size=4,
+        max_position_embeddings=8,
+        pooler=False,
+    )
     params = jax.jit(bert.Bert(config, scan_layers=True).init)(key, IDS)["params"]
     kernel = params["encoder"]["layer"]["output"]["dense"]["kernel"]
     assert kernel.shape == (2, 4, 4) and jnp.abs(kernel[0] - kernel[1]).max() > 0.01
@@ -372,8 +393,11 @@ def test_strict_names(folder):
     with pytest.raises(ValueError) as caught:
         bert.params_from_hf(bad, config)
     for part in (
-        "1 missing: encoder.layer.1.output.dense.weight", "1 unexpected: classifier.weight",
-        "pooler.dense.weight [3, 24] instead of [24, 24]", "pooler.dense.bias int8", "38 of 39 names match",
+        "1 missing: encoder.layer.1.output.dense.weight",
+        "1 unexpected: classifier.weight",
+        "pooler.dense.weight [3, 24] instead of [24, 24]",
+        "pooler.dense.bias int8",
+        "38 of 39 names match",
     ):
         assert part in str(caught.value), (part, str(caught.value))
     params = bert.params_from_hf(tensors, config)
@@ -470,7 +494,8 @@ def test_real_checkpoints_round_trip(name, tmp_path):
     written = bert.params_to_hf(params, model.config)
     modern = {
         k.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
-        for k, v in original.items() if not k.endswith("position_ids")
+        for k, v in original.items()
+        if not k.endswith("position_ids")
     }
     assert written.keys() == modern.keys()
     assert all(written[k].tobytes() == modern[k].tobytes() and written[k].shape == modern[k].shape for k in modern)

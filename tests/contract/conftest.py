@@ -1,109 +1,15 @@
-"""The table of methods that every guarantee is checked for, and the tiny models they are checked on."""
+"""Fixtures of the contract suite; the table that they walk is in ``cases.py``."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from models import Encoder, Wide, stack_layers
-
-import pefusion_jax as pf
-
-
-class Row(NamedTuple):
-    """One method and where it departs from the contract, each departure with its reason.
-
-    ``zero_gradient``: regular expression of the leaves whose gradient is exactly zero at the start.
-    ``linear_forward``, ``linear_gradient``: bounds on FLOPs of the network linearization in base forwards.
-    """
-
-    name: str
-    make: Callable[[str], Any]
-    zero_gradient: str = r"(?!)"
-    linear_forward: float = 2.2
-    linear_gradient: float = 3.3
-
-
-LAYERS = r".*(query|key|value|out|up|down|conv|embed)"
-WEIGHTS = r".*/(query|up|conv)/kernel|.*norm2?/scale|embed/embedding"
-
-# A new method is one row here.
-METHODS = [
-    Row("lora", lambda t: pf.LoRA(rank=2, alpha=4, targets=t or LAYERS), zero_gradient=r".*lora_a"),
-    Row(
-        "lora_patterns",
-        lambda t: pf.LoRA(
-            rank=2,
-            rank_stabilized=True,
-            targets=t or LAYERS,
-            rank_pattern={r".*query": 3},
-            alpha_pattern={r".*(up|down)": 8.0},
-        ),
-        zero_gradient=r".*lora_a",
-    ),
-    Row("lora_frozen_a", lambda t: pf.LoRA(rank=2, targets=t or LAYERS, freeze_a=True), zero_gradient=r".*lora_a"),
-    # A change of the weights themselves has a dense tangent: x dW is a second product in each layer.
-    Row(
-        "full",
-        lambda t: pf.FullFineTuning(targets=f"({t})/kernel" if t else WEIGHTS),
-        linear_forward=3.1,
-        linear_gradient=5.1,
-    ),
-]
-LAYOUTS = ["loop", "remat", "scan"]
-MODES = ["network", "layer", "weight"]
-
-
-class Case(NamedTuple):
-    """A method in a model: its start, a random point, a random direction, and one batch of token ids."""
-
-    row: Row
-    model: Any
-    adapted: pf.Adapted
-    params: Any
-    start: Any
-    point: Any
-    direction: Any
-    ids: jax.Array
-
-
-def noise(tree: Any, seed: int, size: float) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [size * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
-
-
-@functools.cache
-def build(name: str, layout: str) -> Case:
-    row = next(row for row in METHODS if row.name == name)
-    ids = jnp.arange(12).reshape(2, 6) % 11
-    params = jax.jit(Encoder("loop").init)(jax.random.key(1), ids)["params"]
-    loop = pf.adapt(Encoder("loop"), row.make(""))
-    start = loop.init(jax.random.key(0), params, ids)
-    point = jax.tree.map(jnp.add, start, noise(start, 2, 0.05))
-    direction = noise(start, 3, 0.05)
-    if layout == "scan":
-        params, start, point, direction = (stack_layers(tree) for tree in (params, start, point, direction))
-    model = Encoder(layout)
-    return Case(row, model, pf.adapt(model, row.make("")), params, start, point, direction, ids)
-
-
-# One compiled program for each function of a case, however many tests call it.
-jit = functools.cache(jax.jit)
-_expansions: dict[Any, pf.Adapted] = {}
-
-
-def expansion(case: Case, at: str, mode: str) -> pf.Adapted:
-    """The linearization of a case at its ``start`` or its ``point``, the same object for every test."""
-    name = (case.adapted, at, mode)
-    if name not in _expansions:
-        _expansions[name] = pf.linearize(case.adapted, getattr(case, at), mode)
-    return _expansions[name]
+from cases import LAYOUTS, METHODS, Case, build
+from models import Wide, stack_layers
 
 
 @pytest.fixture(params=[row.name for row in METHODS])

@@ -49,9 +49,7 @@ class Encoder(nn.Module):
         embed = nn.Embed(self.vocab, WIDTH, name="embed")
         x = embed(ids)
         if self.layout == "scan":
-            scanned = nn.scan(
-                Block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=LAYERS
-            )
+            scanned = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=LAYERS)
             x, _ = scanned(name="layers")(x, None)
         else:
             block = nn.remat(Block) if self.layout == "remat" else Block

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import LAYOUTS, METHODS, MODES, build, expansion, jit, noise
+from cases import LAYOUTS, METHODS, MODES, build, expansion, jit, noise
 from models import Encoder, stack_layers
 
 import pefusion_jax as pf
@@ -98,9 +98,7 @@ def test_linearized_at_zero_is_the_model_at_the_point_of_expansion(case, mode):
         linear = expansion(case, at, mode)
         tau = linear.init(jax.random.key(5), case.params, case.ids)
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(tau))
-        close(
-            jit(linear.apply)(case.params, tau, case.ids), jit(case.adapted.apply)(case.params, phi0, case.ids), 2e-6
-        )
+        close(jit(linear.apply)(case.params, tau, case.ids), jit(case.adapted.apply)(case.params, phi0, case.ids), 2e-6)
 
 
 @pytest.mark.parametrize("mode", ["network", "weight"])

@@ -60,9 +60,7 @@ def task(name, seed, *, size=23, metric=accuracy, features=features, classes=("a
         features,
         logits,
     )
-    return Task(
-        name, classes, examples(3), examples(size), examples(size + 4), encode, head, metric, cross_entropy
-    )
+    return Task(name, classes, examples(3), examples(size), examples(size + 4), encode, head, metric, cross_entropy)
 
 
 class Model:

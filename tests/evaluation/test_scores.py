@@ -13,9 +13,7 @@ from pefusion_jax.tasks.metrics import pearson
 
 
 def numpy_accuracy(task, split, kernel, tangent=None):
-    return float(
-        np.mean(fakes.numpy_logits(task, split, kernel, tangent).argmax(1) == fakes.labels(task, split))
-    )
+    return float(np.mean(fakes.numpy_logits(task, split, kernel, tangent).argmax(1) == fakes.labels(task, split)))
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])

@@ -45,9 +45,7 @@ def test_every_point_is_exact():
     assert cached.names == ("x", "y", "z") and scores.shape == (21, 3)
     assert len(np.unique(scores[:, 0])) > 3  # the coefficients matter
     for point, row in zip(grid, scores, strict=True):
-        tangent = sum(
-            c * np.asarray(TAUS[name]["kernel"]) for c, name in zip(point, cached.names, strict=True)
-        )
+        tangent = sum(c * np.asarray(TAUS[name]["kernel"]) for c, name in zip(point, cached.names, strict=True))
         for task, score in zip(TASKS, row, strict=True):
             logits = fakes.numpy_logits(task, "validation", params["kernel"], tangent)
             assert score == pytest.approx(task.metric(logits, fakes.labels(task, "validation")), abs=1e-12)
@@ -112,10 +110,7 @@ def test_a_real_linearized_model(mode):
     linear = pf.linearize(lora, phi0, mode=mode)
     zero = linear.init(jax.random.key(0), params, **inputs)
     rng = np.random.default_rng(0)
-    taus = {
-        name: jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), zero)
-        for name in "abc"
-    }
+    taus = {name: jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), zero) for name in "abc"}
     cached = cache_outputs(linear, params, taus, tasks, batch_size=16)
     grid = np.array([[0, 0, 0], [1, 0, 0], [0.3, 0.3, 0.3], [1, -1, 0.5]], np.float32)
     scores = sweep(cached, tasks, grid)

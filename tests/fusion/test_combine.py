@@ -73,10 +73,7 @@ def test_other_methods_work_on_dense_changes():
     assert all(isinstance(leaf, jax.Array) for leaf in fused.leaves.values())
     # The same arithmetic on plain trees; a parameter that a task did not adapt is unchanged there.
     absent = {"enc/value/kernel": np.zeros((6, 4), np.float32)}
-    plain = {
-        name: absent | {p: np.asarray(dense(leaf)) for p, leaf in d.leaves.items()}
-        for name, d in given.items()
-    }
+    plain = {name: absent | {p: np.asarray(dense(leaf)) for p, leaf in d.leaves.items()} for name, d in given.items()}
     expected = fusion.fuse(fusion.ties(0.3, 0.8), plain)
     assert fused.leaves.keys() == expected.keys()
     for path, leaf in expected.items():
@@ -118,9 +115,7 @@ def test_deltas_jit_with_a_traced_scale():
 def lora_like():
     """Just enough of an Adapted: a LoRA on one kernel, with scaling 2."""
     return SimpleNamespace(
-        deltas=lambda params, tree: Delta(
-            {"kernel": LowRank(tree["a"], 2.0 * tree["b"], params["kernel"].shape)}
-        )
+        deltas=lambda params, tree: Delta({"kernel": LowRank(tree["a"], 2.0 * tree["b"], params["kernel"].shape)})
     )
 
 
@@ -133,18 +128,12 @@ def test_weight_space_is_not_adapter_space():
         for name in ("s", "t")
     }
     in_weights = fusion.fuse(fusion.average(), trees, adapted=lora_like(), params=params)
-    expected = sum(
-        np.asarray(tree["a"], np.float64) @ np.asarray(tree["b"], np.float64) for tree in trees.values()
-    )
+    expected = sum(np.asarray(tree["a"], np.float64) @ np.asarray(tree["b"], np.float64) for tree in trees.values())
     np.testing.assert_allclose(dense(in_weights.leaves["kernel"]), expected, rtol=1e-5, atol=1e-5)
 
-    factors = fusion.fuse(
-        fusion.average(), trees, adapted=lora_like(), params=params, space="adapter", init=init
-    )
+    factors = fusion.fuse(fusion.average(), trees, adapted=lora_like(), params=params, space="adapter", init=init)
     for key, leaf in factors.items():
-        np.testing.assert_allclose(
-            leaf, np.mean([tree[key] for tree in trees.values()], axis=0), rtol=1e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(leaf, np.mean([tree[key] for tree in trees.values()], axis=0), rtol=1e-5, atol=1e-6)
     assert np.abs(np.asarray(2.0 * factors["a"] @ factors["b"]) - expected).max() > 0.1
 
     scaled = fusion.fuse(fusion.task_arithmetic(0.3), trees, space="adapter", init=init)

@@ -43,20 +43,14 @@ def numpy_trim(vector: np.ndarray, kept: int) -> np.ndarray:
     return out
 
 
-def numpy_ties(
-    trees: dict, density: float, scale: float, elect="sum", reduce="mean", trim="global"
-) -> np.ndarray:
+def numpy_ties(trees: dict, density: float, scale: float, elect="sum", reduce="mean", trim="global") -> np.ndarray:
     rows = []
     for leaves in leaves64(trees):
         if trim == "global":
             vector = np.concatenate([leaf.ravel() for leaf in leaves])
             rows.append(numpy_trim(vector, int(density * vector.size)))
         else:
-            rows.append(
-                np.concatenate(
-                    [numpy_trim(leaf.ravel(), max(1, int(density * leaf.size))) for leaf in leaves]
-                )
-            )
+            rows.append(np.concatenate([numpy_trim(leaf.ravel(), max(1, int(density * leaf.size))) for leaf in leaves]))
     stacked = np.stack(rows)
     vote = np.sign(stacked.sum(0) if elect == "sum" else np.sign(stacked).sum(0))
     vote[vote == 0] = 1.0 if vote.sum() >= 0 else -1.0
@@ -108,16 +102,12 @@ def test_zero_votes_take_the_majority_sign_of_the_whole_tree(sign, expected):
 
 def test_full_draw_takes_plus():
     trees = [{"x": np.array([1.0, -2.0], np.float32)}, {"x": np.array([-1.0, 2.0], np.float32)}]
-    np.testing.assert_array_equal(
-        fusion.fuse(fusion.ties(density=1.0), trees)["x"], np.array([1.0, 2.0], np.float32)
-    )
+    np.testing.assert_array_equal(fusion.fuse(fusion.ties(density=1.0), trees)["x"], np.array([1.0, 2.0], np.float32))
 
 
 def test_trim_keeps_the_exact_number_and_the_first_of_equals():
     stacked = {"b": jnp.array([[1.0, -1.0, 1.0, 0.5]]), "a": jnp.array([[-1.0, 2.0]])}
-    kept = fusion.chain(fusion.trim(0.5), lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)).apply(
-        stacked
-    )
+    kept = fusion.chain(fusion.trim(0.5), lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)).apply(stacked)
     # 3 of 6: the 2, then of the four magnitudes 1 the first two in path order: a[0] and b[0].
     np.testing.assert_array_equal(kept["a"], np.array([-1.0, 2.0], np.float32))
     np.testing.assert_array_equal(kept["b"], np.array([1.0, 0.0, 0.0, 0.0], np.float32))
@@ -205,9 +195,7 @@ def peft_merge():
         from peft.utils import merge_utils
 
     def tensors(trees):
-        per_task = [
-            [torch.tensor(np.asarray(leaf)) for leaf in jax.tree.leaves(tree)] for tree in trees.values()
-        ]
+        per_task = [[torch.tensor(np.asarray(leaf)) for leaf in jax.tree.leaves(tree)] for tree in trees.values()]
         return list(zip(*per_task, strict=True))
 
     return torch, merge_utils, tensors
@@ -241,17 +229,11 @@ def test_where_peft_differs_from_the_paper(peft_merge):
     with pytest.warns(UserWarning, match="no pruning"):
         peft = merge_utils.ties([torch.tensor(x) for x in pair], torch.ones(2), density=1.0).numpy()
     np.testing.assert_array_equal(peft, np.array([1.0, -1.0, -1.0], np.float32))
-    np.testing.assert_array_equal(
-        fusion.fuse(ours, [{"x": x} for x in pair])["x"], np.array([-1.0, -1.0, -1.0], np.float32)
-    )
+    np.testing.assert_array_equal(fusion.fuse(ours, [{"x": x} for x in pair])["x"], np.array([-1.0, -1.0, -1.0], np.float32))
     # 2. PEFT trims a tensor of fewer than 1 / density entries away; here one entry always stays.
     small = [np.array([1.0, 3.0], np.float32)]
-    np.testing.assert_array_equal(
-        merge_utils.ties([torch.tensor(small[0])], torch.ones(1), density=0.2), np.zeros(2)
-    )
-    np.testing.assert_array_equal(
-        fusion.fuse(fusion.ties(0.2), [{"x": small[0]}])["x"], np.array([0.0, 3.0], np.float32)
-    )
+    np.testing.assert_array_equal(merge_utils.ties([torch.tensor(small[0])], torch.ones(1), density=0.2), np.zeros(2))
+    np.testing.assert_array_equal(fusion.fuse(fusion.ties(0.2), [{"x": small[0]}])["x"], np.array([0.0, 3.0], np.float32))
 
 
 def test_linear_equals_peft_task_arithmetic(peft_merge):
@@ -364,9 +346,7 @@ def test_ties_laws(rows, density):
 @hypothesis.given(VECTORS, st.floats(-2, 2, width=32), st.floats(-2, 2, width=32))
 def test_task_arithmetic_is_linear_in_its_scale(rows, first, second):
     trees = [{"x": np.array(row, np.float32)} for row in rows]
-    apart = [
-        np.asarray(fusion.fuse(fusion.task_arithmetic(s), trees)["x"], np.float64) for s in (first, second)
-    ]
+    apart = [np.asarray(fusion.fuse(fusion.task_arithmetic(s), trees)["x"], np.float64) for s in (first, second)]
     together = fusion.fuse(fusion.task_arithmetic(first + second), trees)["x"]
     np.testing.assert_allclose(together, apart[0] + apart[1], rtol=1e-4, atol=1e-2)
 
@@ -374,9 +354,7 @@ def test_task_arithmetic_is_linear_in_its_scale(rows, first, second):
 def test_a_new_method_is_a_chain_of_parts():
     trees = task_trees(9, count=3)
     prune_and_average = fusion.chain(fusion.trim(0.5), fusion.reduce_mean(), fusion.rescale(2.0))
-    expected = 2.0 * np.mean(
-        [numpy_trim(flat(tree), int(0.5 * flat(tree).size)) for tree in trees.values()], axis=0
-    )
+    expected = 2.0 * np.mean([numpy_trim(flat(tree), int(0.5 * flat(tree).size)) for tree in trees.values()], axis=0)
     np.testing.assert_allclose(flat(fusion.fuse(prune_and_average, trees)), expected, rtol=1e-6, atol=1e-7)
 
 

@@ -47,7 +47,9 @@ HOSTILE = {
     "integer of 5000 digits": (b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,0]}}', b"", "JSON"),
     "the same name twice": (f'{{"a":{json.dumps(A)},"a":{json.dumps(A)}}}'.encode(), bytes(8), "stands twice"),
     "the same field twice": (
-        b'{"a":{"dtype":"U8","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8), "stands twice",
+        b'{"a":{"dtype":"U8","dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        bytes(8),
+        "stands twice",
     ),
     "unknown dtype": ({"a": entry("F128")}, bytes(8), "unknown dtype"),
     "dtype narrower than a byte": ({"a": entry("F4", (16,))}, bytes(8), "unknown dtype"),
