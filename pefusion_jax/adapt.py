@@ -33,8 +33,9 @@ class Method(Protocol):
     """What ``adapt`` asks of an adapter method; see ``pefusion_jax.methods`` for those that exist.
 
     ``acts_on == "layers"``: rules address modules, ``branch`` computes what is added to the layer's output, and ``names``
-    are the names of its leaves. ``acts_on == "parameters"``: rules address parameters, the change of each is added before the model
-    runs, and ``owns`` says which parameter a leaf belongs to. ``stochastic``: whether ``branch`` needs a random key in training.
+    are the names of its leaves. ``acts_on == "parameters"``: rules address parameters, the change of each is added before
+    the model runs, and ``owns`` says which parameter a leaf belongs to. ``stochastic``: whether ``branch`` needs a random
+    key in training.
     """
 
     targets: str
@@ -96,8 +97,9 @@ class Adapted(NamedTuple):
         weight-space change in place of adapters.
       trainable: ``adapters -> `` nested dictionary of the leaves that are trained.
       moving: ``adapters -> `` nested dictionary of the trained leaves whose derivative at ``adapters`` is not identically 0.
-      pushforward: for models affine in a displacement: ``(params, stacked, *inputs, **kwargs) -> (f0, J tau)``, the second with a leading axis over the stacked displacements. ``None`` for all others.
-      expand: builds a forward pass that treats each adapted site in another way; ``linearize`` uses it, and its result has none.
+      pushforward: for models affine in a displacement: ``(params, stacked, *inputs, **kwargs) -> (f0, J tau)``, the second
+        with a leading axis over the stacked displacements. ``None`` for all others.
+      expand: builds a forward pass that treats each adapted site in another way; ``linearize`` uses it and gives none.
       folds: whether ``apply(params, a)`` equals ``base(fold(params, deltas(params, a)))``.
     """
 
