@@ -86,7 +86,7 @@ def main() -> None:
         return {name: float(jnp.mean(jnp.argmax(outputs, -1) == goal[test])) for name, goal in tasks.items()}
 
     def show(name: str, scores: dict[str, float]) -> None:
-        print(f"{name:34s}" + "".join(f"  {task} {score:.3f}" for task, score in scores.items()))
+        print(f"{name:42s}" + "".join(f"  {task} {score:.3f}" for task, score in scores.items()))
 
     show("zero-shot", accuracy(lambda _, x: lora.base(params, x), None))
     for kind, adapted, start in (("LoRA", lora, phi0), ("linearized LoRA", linear, linear.init(None, params))):

@@ -27,7 +27,7 @@ from pefusion_jax.training import finetune
 
 # Every point costs a non-linear model one pass over the validation examples of all tasks, so the grids are coarse.
 SCALES = (0.2, 0.4, 0.6, 0.8, 1.0)
-TIES_SCALES = (1.0, 1.6)
+TIES_SCALES = (0.5, 1.0)
 TIES_DENSITIES = (0.2, 0.5)
 BATCH = 24  # divides the default numbers of examples: no row is computed to fill up a batch
 
@@ -40,7 +40,7 @@ class Settings:
     """Hub id or folder of a BERT encoder."""
     tasks: tuple[str, ...] = ()
     """Embedded tasks; all six if none is named."""
-    steps: int = 36
+    steps: int = 30
     """Training steps of each adapter."""
     batch_size: int = 16
     """Examples of a step."""
@@ -50,7 +50,7 @@ class Settings:
     """Scale numerator of the adapters."""
     targets: str = r".*/(query|value)"
     """Regular expression that must match the whole path of an adapted layer."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
     """Peak learning rate of LoRA and of layer-wise linearized LoRA."""
     network_learning_rate: float = 3e-3
     """Peak learning rate of network-linearized LoRA."""
@@ -58,7 +58,7 @@ class Settings:
     """Longest text, in tokens."""
     validation_examples: int = 48
     """Validation examples of each task that choices are made on."""
-    test_examples: int = 120
+    test_examples: int = 96
     """Test examples of each task."""
     seed: int = 0
     """Seed of adapters, data order and everything else random."""
@@ -140,9 +140,9 @@ def quickstart(
             reference = _own({name: score(unit, (1.0,), "validation", name)[0] for name, unit in units.items()})
             rows += [evaluation.Row(f"trained on {name}", title, scores, own) for name, scores in single.items()]
             rows.append(evaluation.Row("single-task models", title, own))
-            spaces = {title: _weight_space(kind)}
+            spaces = {f"{title}, weight space": _weight_space(kind)}
             if key == "lora":
-                spaces = {"LoRA, weight space": spaces[title], "LoRA, adapter space": _adapter_space(kind, lora, params, phi0)}
+                spaces["LoRA, adapter space"] = _adapter_space(kind, lora, params, phi0)
             chosen: list[_Choice] = []
             for space, directions in spaces.items():
                 choices, curves[space] = _fusions(directions, score, reference)

@@ -35,7 +35,7 @@ def test_the_table_has_every_row(finished):
     expected += [("LoRA", name) for name in singles]
     expected += [(f"LoRA, {space} space", name) for space in ("weight", "adapter") for name in fusions]
     for kind in ("L-LoRA network", "L-LoRA layer"):
-        expected += [(kind, name) for name in [*singles, *fusions]]
+        expected += [(kind, name) for name in singles] + [(f"{kind}, weight space", name) for name in fusions]
     assert found == expected
     assert len(lines) == 8
 

@@ -18,7 +18,7 @@ from pefusion_jax.training import parallel
 from pefusion_jax.training.step import init_state
 
 
-def close(actual, expected, bound=1e-5):
+def assert_close(actual, expected, bound=1e-5):
     """Largest difference relative to the largest expected value."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
@@ -42,14 +42,16 @@ def test_activation_path_equals_folded_path(case):
     adapted = jit(case.adapted.apply)(case.params, case.point, case.ids)
     delta = case.adapted.deltas(case.params, case.point)
     folded = jit(case.adapted.base)(pf.fold(case.params, delta), case.ids)
-    close(adapted, folded)
-    close(jit(case.adapted.apply_deltas)(case.params, delta, case.ids), folded)
+    assert_close(adapted, folded)
+    assert_close(jit(case.adapted.apply_deltas)(case.params, delta, case.ids), folded)
     base = jit(case.adapted.base)(case.params, case.ids)
     assert np.abs(adapted - base).max() > 1e-3, "the adapters changed nothing, so nothing was compared"
 
 
 def test_jit_equals_eager(loop):
-    close(loop.adapted.apply(loop.params, loop.point, loop.ids), jit(loop.adapted.apply)(loop.params, loop.point, loop.ids))
+    assert_close(
+        loop.adapted.apply(loop.params, loop.point, loop.ids), jit(loop.adapted.apply)(loop.params, loop.point, loop.ids)
+    )
 
 
 def test_second_call_does_not_recompile(loop):
@@ -89,7 +91,7 @@ def test_jvp_equals_finite_difference(loop):
         _, tangent = jax.jit(lambda: jax.jvp(moved, (jnp.float64(0.0),), (jnp.float64(1.0),)))()
         step = 1e-5
         difference = (moved(jnp.float64(step)) - moved(jnp.float64(-step))) / (2 * step)
-        close(tangent, difference, 1e-7)
+        assert_close(tangent, difference, 1e-7)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -98,7 +100,7 @@ def test_linearized_at_zero_is_the_model_at_the_point_of_expansion(case, mode):
         linear = expansion(case, at, mode)
         tau = linear.init(jax.random.key(5), case.params, case.ids)
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(tau))
-        close(jit(linear.apply)(case.params, tau, case.ids), jit(case.adapted.apply)(case.params, phi0, case.ids), 2e-6)
+        assert_close(jit(linear.apply)(case.params, tau, case.ids), jit(case.adapted.apply)(case.params, phi0, case.ids), 2e-6)
 
 
 @pytest.mark.parametrize("mode", ["network", "weight"])
@@ -112,10 +114,10 @@ def test_linearized_is_affine_and_pushforwards_superpose(case, mode):
     f0, f1, f2 = (apply(case.params, tau, case.ids) for tau in (zero, *taus))
     both = jax.tree.map(lambda a, b: 0.7 * a - 1.3 * b, *taus)
     expected = f0 + 0.7 * (f1 - f0) - 1.3 * (f2 - f0)
-    close(apply(case.params, both, case.ids), expected)
+    assert_close(apply(case.params, both, case.ids), expected)
     base, pushed = jit(linear.pushforward)(case.params, trees.stack(taus), case.ids)
-    close(base, f0)
-    close(base + 0.7 * pushed[0] - 1.3 * pushed[1], expected)
+    assert_close(base, f0)
+    assert_close(base + 0.7 * pushed[0] - 1.3 * pushed[1], expected)
 
 
 def _only_moving(case, tau):
@@ -145,14 +147,14 @@ def test_linearized_deltas_stand_for_the_displacement(case, mode):
         linear = expansion(case, at, mode)
         applied = jit(linear.apply)(case.params, case.direction, case.ids)
         delta = linear.deltas(case.params, case.direction)
-        close(jit(linear.apply_deltas)(case.params, delta, case.ids), applied, 2e-5)
+        assert_close(jit(linear.apply_deltas)(case.params, delta, case.ids), applied, 2e-5)
 
 
 def test_layer_mode_folds(case):
     linear = expansion(case, "start", "layer")
     applied = jit(linear.apply)(case.params, case.direction, case.ids)
     folded = pf.fold(case.params, linear.deltas(case.params, case.direction))
-    close(applied, jit(case.adapted.base)(folded, case.ids))
+    assert_close(applied, jit(case.adapted.base)(folded, case.ids))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -170,7 +172,7 @@ def test_linearized_trains_only_what_moves(loop, mode):
     kept = linear.trainable(point)
     if mode == "network":
         only = jit(linear.apply)(loop.params, kept, loop.ids)
-        close(only, jit(linear.apply)(loop.params, point, loop.ids))
+        assert_close(only, jit(linear.apply)(loop.params, point, loop.ids))
 
 
 def test_loop_equals_remat_equals_scan(name):
@@ -181,9 +183,9 @@ def test_loop_equals_remat_equals_scan(name):
         outputs.append(value)
         gradients.append(gradient if layout == "scan" else stack_layers(gradient))
     for value, gradient in zip(outputs[1:], gradients[1:], strict=True):
-        close(value, outputs[0])
+        assert_close(value, outputs[0])
         for path, leaf in trees.paths(gradient).items():
-            close(leaf, trees.paths(gradients[0])[path], 2e-5)
+            assert_close(leaf, trees.paths(gradients[0])[path], 2e-5)
 
 
 def test_a_rule_that_matches_nothing_names_the_nearest_paths(name):
@@ -267,7 +269,7 @@ def test_eight_devices_equal_one_and_only_adapters_cross_the_wire(loop, mode):
             assert parallel.allreduce_elements(compiled) == trees.size(trained) + 3  # loss, weights, number of examples
         states.append(jax.device_get(step(*arguments, placed)[0].adapters))
     for path, leaf in trees.paths(states[0]).items():
-        close(leaf, trees.paths(states[1])[path], 1e-5)
+        assert_close(leaf, trees.paths(states[1])[path], 1e-5)
         assert np.any(leaf != trees.paths(trained)[path]), path
 
 

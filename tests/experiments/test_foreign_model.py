@@ -12,7 +12,7 @@ def test_the_foreign_model_example_learns_and_fuses(capsys):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax and Flax as their users run them
         runpy.run_path(str(ROOT / "experiments" / "foreign_model.py"), run_name="__main__")
     scores = {
-        line[:34].strip(): [float(number) for number in re.findall(r"\d\.\d{3}", line[34:])]
+        line[:42].strip(): [float(number) for number in re.findall(r"\d\.\d{3}", line[42:])]
         for line in capsys.readouterr().out.splitlines()[1:]
     }
     assert len(scores) == 7
