@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -137,6 +138,8 @@ class Evaluate:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; errors of the user's input are one line on standard error and exit status 1."""
+    # transformers remarks on the absence of PyTorch, which is not needed here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     commands: dict[type, Callable[[Any], None]] = {
         Quickstart: _quickstart,
         Finetune: _finetune,
@@ -177,10 +180,10 @@ def _quickstart(given: Quickstart) -> None:
 def _finetune(given: Finetune) -> None:
     import jax
 
-    from pefusion_jax import adapt, evaluate, finetune, linearize, load_pretrained, runs, tasks, training, trees
+    from pefusion_jax import adapt, evaluate, files, finetune, linearize, load_pretrained, runs, tasks, training, trees
     from pefusion_jax.methods import FullFineTuning, LoRA
 
-    with _only_json(given.json), runs.new_folder(given.out, given.overwrite) as folder:
+    with _only_json(given.json), files.new_folder(given.out, given.overwrite) as folder:
         model, params = load_pretrained(given.model, dtype=given.dtype)
         task = _tasks([given.task], given.model, model, params, given.head, given.max_length)[0]
         method = (
@@ -241,7 +244,7 @@ def _finetune(given: Finetune) -> None:
 def _fuse(given: Fuse) -> None:
     import jax
 
-    from pefusion_jax import fuse, fusion, runs, trees
+    from pefusion_jax import files, fuse, fusion, runs, trees
 
     if len(given.runs) < 2:
         raise ValueError("fuse needs at least two runs: pefusion fuse RUN RUN ... --out DIR")
@@ -281,7 +284,7 @@ def _fuse(given: Fuse) -> None:
         else fuse(method, given_trees, space="adapter", init=plain_start)
     )
     names = list(dict.fromkeys(task for run in loaded.values() for task in run.spec.get("tasks", ())))
-    with runs.new_folder(given.out, given.overwrite) as folder:
+    with files.new_folder(given.out, given.overwrite) as folder:
         runs.save_run(
             folder,
             tree,

@@ -7,6 +7,7 @@ once, at the end.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pefusion_jax import evaluation, fusion, runs, tasks, trees
+from pefusion_jax import evaluation, files, fusion, runs, tasks, trees
 from pefusion_jax.adapt import Adapted, adapt
 from pefusion_jax.deltas import Delta
 from pefusion_jax.fusion import fuse
@@ -30,6 +31,9 @@ SCALES = (0.2, 0.4, 0.6, 0.8, 1.0)
 TIES_SCALES = (0.5, 1.0)
 TIES_DENSITIES = (0.2, 0.5)
 BATCH = 24  # divides the default numbers of examples: no row is computed to fill up a batch
+
+
+_say = functools.partial(print, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,7 @@ class _Choice(NamedTuple):
 
 
 def quickstart(
-    out: str | os.PathLike[str], settings: Settings, *, overwrite: bool = False, say: Callable[[str], None] = print
+    out: str | os.PathLike[str], settings: Settings, *, overwrite: bool = False, say: Callable[[str], None] = _say
 ) -> evaluation.Comparison:
     """Runs the main job and writes its folder.
 
@@ -107,7 +111,7 @@ def quickstart(
     def stage(text: str) -> None:
         say(f"[{time.monotonic() - began:4.0f} s] {text}")
 
-    with runs.new_folder(out, overwrite) as folder:
+    with files.new_folder(out, overwrite) as folder:
         model, params = load_pretrained(settings.model)
         suite = _suite(settings, model, params)
         stage(f"{settings.model}: {trees.size(params):,} parameters; tasks: {', '.join(task.name for task in suite)}")
@@ -165,7 +169,7 @@ def quickstart(
         shown = tuple(row for row in rows if not row.name.startswith("trained on "))
         evaluation.plot_scores(evaluation.Comparison(shown, title=comparison.title), folder / "scores.png")
         evaluation.plot_sweep(SCALES, curves, folder / "sweep.png", score_label="validation accuracy")
-        runs.write_json(
+        files.write_json(
             folder / "config.json",
             {
                 **dataclasses.asdict(settings),

@@ -10,12 +10,8 @@ A run is a folder with one safetensors file (see ``training.checkpoint.save_adap
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +20,11 @@ import jax
 from pefusion_jax import trees
 from pefusion_jax.adapt import Adapted, adapt
 from pefusion_jax.deltas import Delta, LowRank
+from pefusion_jax.files import write_json
 from pefusion_jax.interop import fingerprint, load_pretrained
 from pefusion_jax.linearize import linearize
 from pefusion_jax.methods import FullFineTuning, LoRA
 from pefusion_jax.training.checkpoint import load_adapters, save_adapters
-from pefusion_jax.training.logging import write_atomically
 
 FILE = "adapter.safetensors"
 _METHODS = {"LoRA": LoRA, "FullFineTuning": FullFineTuning}
@@ -170,36 +166,3 @@ def methods_of(spec: Mapping[str, Any], where: Any = "this run") -> list[Any]:
         except TypeError as error:
             raise ValueError(f"{where}: {name} does not take these settings: {error}; update pefusion_jax") from error
     return methods
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON for people, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2, sort_keys=True, default=str) + "\n").encode())
-
-
-@contextmanager
-def new_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """A folder that appears under its name only when everything in it has been written.
-
-    Args:
-      out: the folder to make. If it exists it must be empty, or ``overwrite`` be given.
-      overwrite: replace a folder that exists.
-
-    Raises:
-      FileExistsError: if ``out`` holds something and ``overwrite`` is not given.
-    """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(f"{out} is not empty; name another folder, or replace it with --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield staging
-        if out.is_dir():
-            shutil.rmtree(out)
-        staging.chmod(0o755)
-        os.replace(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -68,18 +68,3 @@ def test_a_run_that_is_not_one(tiny, tmp_path):
         runs.methods_of({"methods": [{"type": "Unknown"}]}, "here")
     with pytest.raises(ValueError, match="LoRA does not take these settings"):
         runs.methods_of({"methods": [{"type": "LoRA", "targets": "x", "color": 1}]}, "here")
-
-
-def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError, match="stop"), runs.new_folder(tmp_path / "out") as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError("stop")
-    assert list(tmp_path.iterdir()) == []
-    with runs.new_folder(tmp_path / "out") as folder:
-        (folder / "whole").write_text("x")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["whole"]
-    with pytest.raises(FileExistsError, match="is not empty.*--overwrite"), runs.new_folder(tmp_path / "out"):
-        pass
-    with runs.new_folder(tmp_path / "out", overwrite=True) as folder:
-        (folder / "other").write_text("x")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["other"]

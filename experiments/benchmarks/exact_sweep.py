@@ -21,8 +21,8 @@ import numpy as np
 
 import pefusion_jax as pf
 from pefusion_jax.evaluation import cache_outputs, subset_grid, sweep, sweep_trees
+from pefusion_jax.files import write_atomically
 from pefusion_jax.tasks import embedded_tasks
-from pefusion_jax.training.logging import write_atomically
 
 
 def timed(function):

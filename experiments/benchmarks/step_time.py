@@ -27,7 +27,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -48,6 +47,7 @@ from transformers import ViTConfig, ViTModel
 
 import pefusion_jax as pf
 from pefusion_jax import trees
+from pefusion_jax.files import write_atomically
 
 RANK, ALPHA, CLASSES, LEARNING_RATE = 16, 32, 100, 1e-4
 MODES = ("layer", "network", "weight")
@@ -492,6 +492,22 @@ def take_turns(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[s
     return times
 
 
+def ceiling(jax_device: jax.Device, torch_device: str, dtype: str, size: int) -> dict[str, float]:
+    """Matrix-product rates in GFLOP/s, ``size`` cubed: what no program made of matrix products can exceed by much."""
+    ones = np.ones((size, size), np.float32)
+    ours = jax.device_put(jnp.asarray(ones, jnp.dtype(dtype)), jax_device)
+    theirs = torch.from_numpy(ones).to(torch_device, getattr(torch, dtype))
+    product = jax.jit(jnp.matmul)
+
+    def run_theirs() -> None:
+        torch.matmul(theirs, theirs)
+        if torch_device == "cuda":
+            torch.cuda.synchronize()
+
+    times = take_turns({"ours": lambda: jax.block_until_ready(product(ours, ours)), "torch": run_theirs}, 7)
+    return {who: 2e-6 * size**3 / min(values) for who, values in times.items()}
+
+
 def measure(options: Options, kind: str, batch: int, dtype: str, compiled: bool) -> dict[str, Any]:
     """Checks, then times every row on one device."""
     jax_device, torch_device = jax.devices(kind)[0], "cuda" if kind == "gpu" else "cpu"
@@ -571,6 +587,8 @@ def measure(options: Options, kind: str, batch: int, dtype: str, compiled: bool)
         "dtype": dtype,
         "agreement_float32": errors,
         "rows": rows,
+        "forward_gflop": 1e-9 * unit,
+        "matmul_gflops": ceiling(jax_device, torch_device, dtype, 2048 if options.width >= 768 else 256),
         "linearized_forward": None if options.scan else linear_forward,
     }
 
@@ -615,6 +633,14 @@ def markdown(result: dict[str, Any]) -> str:
         if table["linearized_forward"]:
             cost = table["linearized_forward"]
             lines += ["", f"Linearized forward: {cost['flops_in_forwards']:.2f} forwards (<= {cost['flops_limit']})."]
+        rates = table["matmul_gflops"]
+        floor = 1e3 * table["forward_gflop"] / max(rates.values())
+        lines += [
+            "",
+            f"Largest matrix-product rates in the same run: ours {rates['ours']:.0f}, torch {rates['torch']:.0f} GFLOP/s. "
+            f"The forward pass needs {table['forward_gflop']:.0f} GFLOP, so {floor:.0f} ms is about the least that it can "
+            "take on this machine.",
+        ]
         worst = max(table["agreement_float32"].items(), key=lambda item: item[1])
         lines += ["", f"Both sides agree in float32 before timing; largest relative error {worst[1]:.1e} ({worst[0]})."]
     if not any(table["kind"] == "gpu" for table in result["tables"]):
@@ -636,14 +662,6 @@ def _cpu() -> str:
     except OSError:
         names = []
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
 
 
 def main(options: Options) -> dict[str, Any]:
@@ -681,8 +699,9 @@ def main(options: Options) -> dict[str, Any]:
     if gpu and options.device == "cpu":
         result["no_gpu"] = "Not measured: run with --device cpu."
     text = markdown(result)
-    write(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    write(options.out.with_suffix(".md"), text)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.out.with_suffix(".json"), (json.dumps(result, indent=1) + "\n").encode())
+    write_atomically(options.out.with_suffix(".md"), text.encode())
     print(text)
     return result
 

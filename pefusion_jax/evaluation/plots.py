@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pefusion_jax.evaluation.report import Comparison
-from pefusion_jax.training.logging import write_atomically
+from pefusion_jax.files import write_atomically
 
 # Okabe and Ito's colours, which people with any common colour blindness tell apart; black is kept for means.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pefusion_jax.evaluation.scores import Scores
-from pefusion_jax.training.logging import write_atomically
+from pefusion_jax.files import write_atomically
 
 SCHEMA = "pefusion_jax.comparison.v1"
 

@@ -17,13 +17,14 @@ import io
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from pefusion_jax import files
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 1_000_000
@@ -213,18 +214,11 @@ def save_safetensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
 
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            for name in order:
-                file.write(arrays[name].reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in order:
+            file.write(arrays[name].reshape(-1).view(np.uint8).data)
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:

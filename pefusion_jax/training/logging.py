@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax
 
+from pefusion_jax.files import write_atomically
 from pefusion_jax.training.step import NonFiniteError, describe_bad
 
 # A step that has been dispatched holds its batch on the device; this bounds how many do.
@@ -151,18 +151,3 @@ class Monitor:
         self._bar.close()
         if self._log is not None:
             self._log.close()
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import toy
 
+from pefusion_jax.files import write_atomically
 from pefusion_jax.training import NonFiniteError, finetune
-from pefusion_jax.training.logging import MetricsFile, Monitor, write_atomically
+from pefusion_jax.training.logging import MetricsFile, Monitor
 
 ONE = jax.devices()[:1]
 

@@ -1,0 +1,36 @@
+"""Files and folders that appear whole or not at all."""
+
+import os
+import stat
+
+import pytest
+
+from pefusion_jax import files
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"), files.new_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+    with files.new_folder(tmp_path / "out") as folder:
+        (folder / "whole").write_text("x")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["whole"]
+    with pytest.raises(FileExistsError, match="is not empty.*--overwrite"), files.new_folder(tmp_path / "out"):
+        pass
+    with files.new_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "other").write_text("x")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["other"]
+
+
+def test_a_file_is_replaced_whole_and_gets_ordinary_permissions(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="stop"), files.replacing(path) as file:
+        file.write(b"half")
+        raise RuntimeError("stop")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    files.write_json(tmp_path / "new", {"b": 1, "a": tmp_path})
+    assert (tmp_path / "new").read_text().startswith('{\n  "a": "')
+    (tmp_path / "plain").write_bytes(b"")
+    assert stat.S_IMODE(os.stat(tmp_path / "new").st_mode) == stat.S_IMODE(os.stat(tmp_path / "plain").st_mode)
