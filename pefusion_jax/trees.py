@@ -120,9 +120,9 @@ def require_same_structure(trees: Mapping[str, Tree]) -> None:
         raise ValueError("no trees were given; pass at least one")
     (first, reference), *rest = ((name, paths(tree)) for name, tree in trees.items())
     for name, leaves in rest:
-        for path in reference.keys() - leaves.keys():
+        for path in sorted(reference.keys() - leaves.keys()):
             raise ValueError(f"{name!r} lacks the leaf {path!r} that {first!r} has{did_you_mean(path, leaves)}")
-        for path in leaves.keys() - reference.keys():
+        for path in sorted(leaves.keys() - reference.keys()):
             raise ValueError(f"{name!r} has the leaf {path!r} that {first!r} lacks{did_you_mean(path, reference)}")
         for path, leaf in leaves.items():
             ours, theirs = (_spec(reference[path]), _spec(leaf))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -71,8 +71,8 @@ def text_task(
         made = zero_shot_head(apply, params, encoder, data.descriptions, pad_to=pad_to, features=features)
     elif head == "linear":
         inputs, labels = task.arrays("train")
-        assert inputs is not None  # a TextEncoder always encodes whole splits
-        rows = features_of(apply, params, inputs, encoder.trim, features=features)
+        # A TextEncoder always encodes whole splits, so there are inputs.
+        rows = features_of(apply, params, cast(dict[str, Any], inputs), encoder.trim, features=features)
         made = linear_head(rows, labels, len(data.classes), pad_to=pad_to, features=features)
     else:
         raise ValueError(f"head={head!r} must be 'zero_shot', 'linear' or a Head")
