@@ -15,7 +15,8 @@ them. So ``nn.scan(variable_axes={"params": 0})`` slices them and ``nn.remat`` p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -159,11 +160,14 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
             rule = _first(on_parameters, path)
             if rule is not None:
                 site = path.rpartition("/")[0]
-                leaves = {
-                    _join(site, name): make(jax.random.fold_in(key, i), shape, jnp.float32)
-                    for i, (name, (make, shape)) in enumerate(rule.leaves((path, weight)).items())
+                leaves = {_join(site, name): how for name, how in rule.leaves((path, weight)).items()}
+                _refuse_taken(leaves, parameters)
+                made = {
+                    # A key of its own for each leaf, whatever else is adapted.
+                    leaf: make(jax.random.fold_in(key, zlib.crc32(leaf.encode())), shape, jnp.float32)
+                    for leaf, (make, shape) in leaves.items()
                 }
-                tree = trees.merge(tree, trees.nest(leaves))
+                tree = trees.merge(tree, trees.nest(made))
         return tree
 
     def base(params: Any, *inputs: Any, **kwargs: Any) -> Any:
@@ -306,6 +310,16 @@ def _check_paths(parts: Sequence[Any], params: Mapping[str, Any]) -> None:
                 )
 
 
+def _refuse_taken(leaves: Iterable[str], parameters: Mapping[str, Any]) -> None:
+    """An adapter leaf travels beside the base's parameters, so it must not have the name of one."""
+    for path in leaves:
+        if path in parameters:
+            raise ValueError(
+                f"the base model has a parameter {path!r}, the name of an adapter leaf: it is adapted already; fold its "
+                "adapters into the weights, or rename the parameter"
+            )
+
+
 def _unmatched(rule: Method, known: Any, what: str) -> str:
     plain = re.sub(r"\\.|[\\^$*+?{}()|\[\].]", "", rule.targets.split("|")[0])
     return (
@@ -331,12 +345,15 @@ def _init_layers(
         if rule is not None:
             matched.add(rules.index(rule))
             module = context.module
-            for name, (make, shape) in rule.leaves(layer).items():
+            leaves = rule.leaves(layer)
+            _refuse_taken([_join(layer.path, name) for name in leaves], taken)
+            for name, (make, shape) in leaves.items():
                 if not module.has_variable("params", name):
                     module.put_variable("params", name, make(module.make_rng("params"), shape, jnp.float32))
         return y
 
     variables = _collections(params)
+    taken = trees.flat(variables["params"])
     flat_inputs, structure = jax.tree.flatten((inputs, kwargs))
     is_array = [hasattr(leaf, "dtype") or isinstance(leaf, (int, float)) and not isinstance(leaf, bool) for leaf in flat_inputs]
 
@@ -347,8 +364,7 @@ def _init_layers(
         args, call_kwargs = jax.tree.unflatten(structure, leaves)
         with nn.intercept_methods(create):
             _, after = model.apply(variables, *args, rngs={"params": key}, mutable=["params"], **call_kwargs)
-        before = trees.flat(variables["params"])
-        return {path: leaf for path, leaf in trees.flat(after["params"]).items() if path not in before}
+        return {path: leaf for path, leaf in trees.flat(after["params"]).items() if path not in taken}
 
     created = run(key, variables, [leaf for leaf, array in zip(flat_inputs, is_array, strict=True) if array])
     for index, rule in enumerate(rules):

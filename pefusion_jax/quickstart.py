@@ -142,7 +142,8 @@ def quickstart(
             single = {name: score(unit, (1.0,), "test", None)[0] for name, unit in units.items()}
             own = _own(single)
             reference = _own({name: score(unit, (1.0,), "validation", name)[0] for name, unit in units.items()})
-            rows += [evaluation.Row(f"trained on {name}", title, scores, own) for name, scores in single.items()]
+            shared = own if _usable(own) else None
+            rows += [evaluation.Row(f"trained on {name}", title, scores, shared) for name, scores in single.items()]
             rows.append(evaluation.Row("single-task models", title, own))
             spaces = {f"{title}, weight space": _weight_space(kind)}
             if key == "lora":
@@ -151,11 +152,12 @@ def quickstart(
             for space, directions in spaces.items():
                 choices, curves[space] = _fusions(directions, score, reference)
                 chosen = chosen or choices
-                rows += [evaluation.Row(choice.name, space, choice.scores, own) for choice in choices]
+                rows += [evaluation.Row(choice.name, space, choice.scores, shared) for choice in choices]
                 details[space] = {c.name: {"chosen": c.detail, "validation": c.validation} for c in choices}
             best = max(chosen, key=lambda choice: choice.validation)
-            kept = best.scores.normalized(own).mean
-            stage(f"{title}: single-task mean {own.mean:.3f}; {best.name} ({best.detail}) keeps {kept:.3f} of it")
+            kept = _mean(best.scores, own)
+            what = "normalized mean" if shared else "mean"
+            stage(f"{title}: single-task mean {own.mean:.3f}; {best.name} ({best.detail}) has a {what} of {kept:.3f}")
             _save(folder / key, settings, kind, best, params, method, phi0)
             evaluation.plot_cosine(
                 trees.cosine({name: kind.changes[name].leaves for name in kind.changes}),
@@ -273,6 +275,16 @@ def _units(kind: _Kind) -> dict[str, _Direction]:
     return {name: _Direction(_straight(kind.changes[name]), np.eye(len(names))[names.index(name)]) for name in kind.changes}
 
 
+def _usable(reference: Mapping[str, float]) -> bool:
+    """Whether scores can be divided by these: a model that gets nothing right is no reference."""
+    return min(reference.values()) > 0
+
+
+def _mean(scores: evaluation.Scores, reference: Mapping[str, float]) -> float:
+    """Mean normalized score, or the plain mean where a reference score is 0."""
+    return scores.normalized(reference).mean if _usable(reference) else scores.mean
+
+
 def _own(scores: Mapping[str, evaluation.Scores]) -> evaluation.Scores:
     """Each single-task model on its own task."""
     return evaluation.Scores(
@@ -283,14 +295,14 @@ def _own(scores: Mapping[str, evaluation.Scores]) -> evaluation.Scores:
 
 
 def _fusions(directions: Mapping[str, _Direction], score: _Scorer, reference: evaluation.Scores) -> tuple[list[_Choice], Any]:
-    """Chooses each method's coefficients by mean normalized validation score, then scores it on test, once."""
+    """Chooses each method's coefficients by :func:`_mean` on validation, then scores it on test, once."""
     tasks_count = len(reference)
 
     def choose(
         name: str, options: Sequence[tuple[str, _Direction, Sequence[float]]]
     ) -> tuple[_Choice, list[evaluation.Scores]]:
         tried = [
-            (scores.normalized(reference).mean, label, direction, scale, scores)
+            (_mean(scores, reference), label, direction, scale, scores)
             for label, direction, scales in options
             for scale, scores in zip(scales, score(direction, scales, "validation", None), strict=True)
         ]

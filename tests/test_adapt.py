@@ -82,6 +82,15 @@ def test_the_first_matching_method_wins_and_kinds_combine():
     np.testing.assert_allclose(adapted.apply(variables, adapters, X), model.apply(pf.fold(variables, delta), X), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("method", "leaf"), [(pf.LoRA(targets="first"), "lora_b"), (pf.FullFineTuning(targets="first/bias"), "bias_delta")]
+)
+def test_a_base_that_uses_an_adapters_name_is_refused(method, leaf):
+    variables = trees.merge(Net().init(jax.random.key(0), X), {"params": {"first": {leaf: jnp.ones(8)}}})
+    with pytest.raises(ValueError, match=f"the base model has a parameter 'first/{leaf}'.*fold"):
+        pf.adapt(Net(), method).init(jax.random.key(0), variables, X)
+
+
 def test_two_changes_of_one_parameter_are_refused():
     model = Net()
     variables = model.init(jax.random.key(0), X)

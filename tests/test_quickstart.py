@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import pefusion_jax as pf
-from pefusion_jax.quickstart import Settings, quickstart
+from pefusion_jax.quickstart import Settings, _mean, quickstart
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +69,9 @@ def test_saved_adapters_score_what_the_table_says(finished, kind):
     names = ("average", "task arithmetic", "TIES")
     possible = {r.scores["spam"] for r in comparison.rows if r.kind.startswith(title) and r.name in names}
     assert pf.evaluate(fused.adapted, params, fused.tree, [task])["spam"] in possible
+
+
+def test_a_model_that_gets_nothing_right_is_no_reference():
+    scores = pf.evaluation.Scores({"a": 0.5, "b": 0.25})
+    assert _mean(scores, {"a": 1.0, "b": 0.5}) == pytest.approx(0.5)
+    assert _mean(scores, {"a": 1.0, "b": 0.0}) == pytest.approx(0.375)
