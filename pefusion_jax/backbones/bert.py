@@ -28,38 +28,24 @@ Understanding", 2019.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pefusion_jax.backbones import names
-from pefusion_jax.backbones.layers import ACTIVATIONS, LayerNorm, stack_layers, unstack_layers
+from pefusion_jax.backbones import configs, names
+from pefusion_jax.backbones.family import Family
+from pefusion_jax.backbones.layers import ACTIVATIONS, LayerNorm
 from pefusion_jax.backbones.taps import Tap
 
-__all__ = [
-    "Bert",
-    "BertConfig",
-    "BertOutput",
-    "name_table",
-    "params_from_hf",
-    "params_to_hf",
-    "stack_layers",
-    "unstack_layers",
-]
+__all__ = ["FAMILY", "Bert", "BertConfig", "BertOutput", "name_table"]
 
-# Fields of config.json that change nothing about the forward pass.
+# Fields of config.json that change nothing about the forward pass, and those with the only values that are implemented.
 _HARMLESS = frozenset(
-    """architectures _name_or_path transformers_version torch_dtype dtype initializer_range pad_token_id
-    bos_token_id eos_token_id sep_token_id cls_token_id mask_token_id use_cache gradient_checkpointing
-    classifier_dropout id2label label2id num_labels problem_type finetuning_task return_dict output_hidden_states
-    output_attentions torchscript chunk_size_feed_forward model_max_length _attn_implementation_autoset directionality
-    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type""".split()
+    """directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type""".split()
 )
-# Fields with the only values that are implemented.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("bert",),
     "position_embedding_type": ("absolute", None),
@@ -96,61 +82,36 @@ class BertConfig:
     masked_lm: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"BertConfig.{field.name} must be a positive integer, not {value!r}")
-            if field.type == "float" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise ValueError(f"BertConfig.{field.name} must be a number, not {value!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"BertConfig.hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"BertConfig.hidden_act={self.hidden_act!r} is not implemented; implemented: {', '.join(ACTIVATIONS)}"
-            )
-        if not (0 <= self.hidden_dropout_prob < 1 and 0 <= self.attention_probs_dropout_prob < 1):
-            raise ValueError("BertConfig: dropout probabilities must lie in [0, 1)")
-        if not 0 < self.layer_norm_eps < 1:
-            raise ValueError(f"BertConfig.layer_norm_eps must lie in (0, 1), not {self.layer_norm_eps!r}")
+        configs.validate(self)
+        configs.require_multiple(self, "hidden_size", "num_attention_heads")
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], tensor_names: Iterable[str] | None = None) -> BertConfig:
+    def from_dict(cls, raw: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> BertConfig:
         """Reads the dictionary of a ``config.json``.
 
         Args:
           raw: the dictionary.
-          tensor_names: the tensors of the weights' file, which decide on pooler and masked-LM head. Without them
-            the architecture in ``raw`` does.
+          tensors: canonical names of the weights' file (see ``family.canonical``), which decide on pooler and masked-LM
+            head. Without them the architecture in ``raw`` does.
 
         Raises:
           ValueError: naming every field or value that this file does not implement.
         """
-        problems = [
-            f"{key}={raw[key]!r} (implemented: {' or '.join(map(repr, values))})"
-            for key, values in _ONLY.items()
-            if key in raw and raw[key] not in values
-        ]
-        if "model_type" not in raw:
-            problems.append("model_type is missing (implemented: 'bert')")
         own = {field.name for field in dataclasses.fields(cls)} - {"pooler", "masked_lm"}
-        known = own | _HARMLESS | set(_ONLY)
-        problems += [f"{key}={raw[key]!r} (unknown field)" for key in raw if key not in known]
-        if problems:
-            raise ValueError(
-                "this config.json asks for what the BERT backbone does not implement: "
-                + "; ".join(problems)
-                + ". A field that changes nothing about the model can be deleted from a copy of the file."
-            )
-        if tensor_names is None:
-            masked_lm = any("MaskedLM" in name for name in raw.get("architectures") or ())
+        configs.refuse_unknown(raw, "BERT", own, _ONLY, _HARMLESS)
+        if tensors is None:
+            masked_lm = any("MaskedLM" in str(name) for name in raw.get("architectures") or ())
             pooler = not masked_lm
         else:
-            stripped = {name.removeprefix("bert.") for name in tensor_names}
-            masked_lm = any(name.startswith("cls.predictions.") for name in stripped)
-            pooler = any(name.startswith("pooler.") for name in stripped)
+            masked_lm = any(name.startswith("cls.predictions.") for name in tensors)
+            pooler = any(name.startswith("pooler.") for name in tensors)
         return cls(**{key: raw[key] for key in own if key in raw}, pooler=pooler, masked_lm=masked_lm)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dictionary of a ``config.json`` from which transformers builds the same model."""
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("pooler", "masked_lm")}
+        architecture = "BertForMaskedLM" if self.masked_lm else "BertModel"
+        return {"model_type": "bert", "architectures": [architecture], **fields}
 
 
 class BertOutput(NamedTuple):
@@ -413,23 +374,8 @@ class Bert(nn.Module):
                 raise ValueError(f"Bert: {name} has shape {jnp.shape(array)}, input_ids has {ids.shape}")
 
 
-# Tensors of real files that are no parameters of this model, by their full names after the "bert." prefix.
-_IGNORED = frozenset(
-    {
-        "embeddings.position_ids",  # a constant 0, 1, 2, ...
-        "cls.seq_relationship.weight",  # the next-sentence head of pretraining, which this model does not have
-        "cls.seq_relationship.bias",
-    }
-)
-# Copies that some files store of tied tensors; they must equal the original.
-_TIED = {
-    "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
-
-
 def name_table(config: BertConfig) -> dict[str, names.Entry]:
-    """The table of Hugging Face names for a configuration, without the ``bert.`` prefix, in the loop layout."""
+    """The table of canonical names of a configuration, in the loop layout."""
     width, hidden = config.hidden_size, config.intermediate_size
     table: dict[str, names.Entry] = {}
     for kind, rows in (
@@ -459,36 +405,25 @@ def name_table(config: BertConfig) -> dict[str, names.Entry]:
     return table
 
 
-def params_from_hf(tensors: Mapping[str, np.ndarray], config: BertConfig) -> dict[str, Any]:
-    """Builds the parameters (loop layout, dtypes as in the file) from the tensors of a Hugging Face file.
-
-    Accepts names with and without ``bert.``, ``LayerNorm.gamma/beta`` of old files, and copies of tied tensors.
-
-    Raises:
-      ValueError: listing every missing, unexpected and wrongly shaped tensor, or naming a tied copy that differs.
-    """
-    plain: dict[str, np.ndarray] = {}
-    for name, array in tensors.items():
-        new = name.removeprefix("bert.")
-        for old, modern in ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")):
-            new = new.removesuffix(old) + modern if new.endswith(old) else new
-        if new in plain:
-            raise ValueError(f"two tensors are both {new!r}, the second is {name!r}: the file is ambiguous")
-        if new not in _IGNORED:
-            plain[new] = array
-    for copy, original in _TIED.items():
-        if copy in plain and original in plain and config.masked_lm:
-            if not np.array_equal(plain.pop(copy), plain[original]):
-                raise ValueError(f"{copy} differs from {original}: an untied decoder is not implemented")
-    return names.read(plain, name_table(config), "this BERT configuration")
-
-
-def params_to_hf(params: Mapping[str, Any], config: BertConfig) -> dict[str, np.ndarray]:
-    """The inverse of :func:`params_from_hf`, from either layout; ``bert.`` is written where Hugging Face writes it.
-
-    Raises:
-      ValueError: if the parameters are not those of the configuration.
-    """
-    plain = names.write(unstack_layers(params), name_table(config), "this BERT configuration")
-    headed = "bert." if config.masked_lm else ""
-    return {name if name.startswith("cls.") else headed + name: array for name, array in plain.items()}
+FAMILY = Family(
+    name="BERT",
+    model_types=("bert",),
+    architectures=("BertModel", "BertForMaskedLM", "BertForPreTraining"),
+    read_config=BertConfig.from_dict,
+    write_config=BertConfig.to_dict,
+    build=Bert,
+    table=name_table,
+    prefix="bert.",
+    heads=("cls.",),
+    renames=((r"\.LayerNorm\.gamma$", ".LayerNorm.weight"), (r"\.LayerNorm\.beta$", ".LayerNorm.bias")),
+    # The constant 0, 1, 2, ..., and the next-sentence head of pretraining, which this model does not have.
+    ignored=r"embeddings\.position_ids|cls\.seq_relationship\.(weight|bias)",
+    copies=lambda config: (
+        {
+            "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        }
+        if config.masked_lm
+        else {}
+    ),
+)

@@ -15,11 +15,19 @@ from pefusion_jax import trees
 
 
 class Entry(NamedTuple):
-    """One row of a table: the name and shape in the file, and the axes that take it to our layout (None: as it is)."""
+    """One row of a table.
+
+    Attributes:
+      name: of the tensor in the file.
+      shape: of the tensor in the file.
+      axes: permutation that takes the tensor to our layout; None: as it is.
+      part: ``(i, n)`` if the parameter is the i-th of n equal parts of the tensor's first axis; None: all of it.
+    """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[int, ...] | None = None
+    part: tuple[int, int] | None = None
 
 
 Table = Mapping[str, Entry]  # slash path of the parameter -> where it comes from
@@ -31,14 +39,100 @@ def linear(path: str, name: str, inputs: int, outputs: int, bias: bool = True) -
     return rows | ({f"{path}/bias": Entry(f"{name}.bias", (outputs,))} if bias else {})
 
 
-def norm(path: str, name: str, width: int) -> dict[str, Entry]:
-    """Rows of a layer norm."""
-    return {f"{path}/scale": Entry(f"{name}.weight", (width,)), f"{path}/bias": Entry(f"{name}.bias", (width,))}
+def conv(path: str, name: str, inputs: int, outputs: int, window: tuple[int, int], bias: bool = True) -> dict[str, Entry]:
+    """Rows of a two-dimensional convolution: torch stores ``[out, in, h, w]``, Flax ``[h, w, in, out]``."""
+    rows = {f"{path}/kernel": Entry(f"{name}.weight", (outputs, inputs, *window), (2, 3, 1, 0))}
+    return rows | ({f"{path}/bias": Entry(f"{name}.bias", (outputs,))} if bias else {})
+
+
+def norm(path: str, name: str, width: int, bias: bool = True) -> dict[str, Entry]:
+    """Rows of a layer norm, or without ``bias`` of an RMS norm."""
+    rows = {f"{path}/scale": Entry(f"{name}.weight", (width,))}
+    return rows | ({f"{path}/bias": Entry(f"{name}.bias", (width,))} if bias else {})
 
 
 def embedding(path: str, name: str, rows: int, width: int) -> dict[str, Entry]:
     """The row of an embedding table."""
     return {f"{path}/embedding": Entry(f"{name}.weight", (rows, width))}
+
+
+class Report(NamedTuple):
+    """How the tensors of a file and a table of names meet; each a list of canonical tensor names.
+
+    Attributes:
+      matched: in both.
+      missing: in the table only.
+      unexpected: in the file only.
+      misfits: sentences about tensors of another shape or of a dtype that is not floating.
+    """
+
+    matched: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    misfits: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.matched)} of {len(self.matched) + len(self.missing)} names match"]
+        for kind in ("missing", "unexpected", "misfits"):
+            found = getattr(self, kind)
+            if found:
+                lines.append(f"{len(found)} {'do not fit' if kind == 'misfits' else kind}: {_listed(found)}")
+        return "\n  ".join(lines)
+
+
+def compare(infos: Mapping[str, Any], table: Table) -> Report:
+    """Compares tensors with a table by name, shape and kind of dtype.
+
+    Args:
+      infos: ``{canonical name: anything with .shape and .dtype}``.
+      table: the rows.
+    """
+    wanted = {entry.name: entry for entry in table.values()}
+    shared = [name for name in wanted if name in infos]
+    misfits = [
+        f"{name} is {list(infos[name].shape)} instead of {list(wanted[name].shape)}"
+        for name in shared
+        if tuple(infos[name].shape) != wanted[name].shape
+    ]
+    misfits += [f"{name} is {infos[name].dtype}" for name in shared if not jnp.issubdtype(infos[name].dtype, jnp.floating)]
+    return Report(
+        matched=shared,
+        missing=[name for name in wanted if name not in infos],
+        unexpected=[name for name in infos if name not in wanted],
+        misfits=misfits,
+    )
+
+
+def require_fit(report: Report, what: str, strict: bool = True) -> None:
+    """Raises a ValueError unless a report is good enough to load.
+
+    Args:
+      report: see :func:`compare`.
+      what: the model, for the message.
+      strict: False accepts missing and unexpected names, but never misfits, and never a report without a match.
+    """
+    if report.misfits or not report.matched or (strict and (report.missing or report.unexpected)):
+        raise ValueError(
+            f"these weights do not fit {what}: {report}\n"
+            "Check that config.json and the weights belong to the same model, and that the model is of this kind."
+        )
+
+
+def convert(entry: Entry, array: np.ndarray) -> np.ndarray:
+    """A parameter from the tensor of the file, as a view of it."""
+    if entry.part is not None:
+        index, count = entry.part
+        rows = array.shape[0] // count
+        array = array[index * rows : (index + 1) * rows]
+    return array if entry.axes is None else array.transpose(entry.axes)
+
+
+def parameter_shape(entry: Entry) -> tuple[int, ...]:
+    """The shape of a parameter in our layout."""
+    shape = entry.shape
+    if entry.part is not None:
+        shape = (shape[0] // entry.part[1], *shape[1:])
+    return shape if entry.axes is None else tuple(shape[axis] for axis in entry.axes)
 
 
 def read(tensors: Mapping[str, np.ndarray], table: Table, what: str) -> dict[str, Any]:
@@ -50,38 +144,13 @@ def read(tensors: Mapping[str, np.ndarray], table: Table, what: str) -> dict[str
       what: the model, for the message.
 
     Returns:
-      A nested dictionary of numpy arrays, dtypes as in the file.
+      A nested dictionary of contiguous numpy arrays, dtypes as in the file.
 
     Raises:
       ValueError: listing every missing, unexpected, wrongly shaped and non-floating tensor.
     """
-    wanted = {entry.name: entry for entry in table.values()}
-    shared = [name for name in wanted if name in tensors]
-    problems = {
-        "missing": [name for name in wanted if name not in tensors],
-        "unexpected": [name for name in tensors if name not in wanted],
-        "of another shape": [
-            f"{name} {list(tensors[name].shape)} instead of {list(wanted[name].shape)}"
-            for name in shared
-            if tuple(tensors[name].shape) != wanted[name].shape
-        ],
-        "not of a floating dtype": [
-            f"{name} {tensors[name].dtype}" for name in shared if not jnp.issubdtype(tensors[name].dtype, jnp.floating)
-        ],
-    }
-    if any(problems.values()):
-        lines = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
-        raise ValueError(
-            f"these weights do not fit {what} ({len(shared)} of {len(wanted)} names match):\n  "
-            + "\n  ".join(lines)
-            + "\nCheck that config.json and the weights belong to the same model, and that the model is of this kind."
-        )
-    return trees.nest(
-        {
-            path: np.ascontiguousarray(tensors[entry.name].transpose(entry.axes)) if entry.axes else tensors[entry.name]
-            for path, entry in table.items()
-        }
-    )
+    require_fit(compare(tensors, table), what)
+    return trees.nest({path: np.ascontiguousarray(convert(entry, tensors[entry.name])) for path, entry in table.items()})
 
 
 def write(params: Mapping[str, Any], table: Table, what: str) -> dict[str, np.ndarray]:
@@ -96,17 +165,19 @@ def write(params: Mapping[str, Any], table: Table, what: str) -> dict[str, np.nd
         raise ValueError(
             f"these parameters are not those of {what}: missing {_listed(missing)}; unexpected {_listed(unexpected)}"
         )
-    out = {}
+    out: dict[str, np.ndarray] = {}
+    parts: dict[str, dict[int, np.ndarray]] = {}
     for path, entry in table.items():
         array = np.asarray(flat[path])
-        if entry.axes:
-            if array.ndim != len(entry.axes):
-                raise ValueError(f"{what}: {path} has {array.ndim} dimensions instead of {len(entry.axes)}")
+        if array.shape != parameter_shape(entry):
+            raise ValueError(f"{what}: {path} has the shape {array.shape} instead of {parameter_shape(entry)}")
+        if entry.axes is not None:
             array = np.ascontiguousarray(array.transpose(np.argsort(entry.axes)))
-        if array.shape != entry.shape:
-            raise ValueError(f"{what}: {path} becomes {entry.name} {array.shape} instead of {entry.shape}")
-        out[entry.name] = array
-    return out
+        if entry.part is None:
+            out[entry.name] = array
+        else:
+            parts.setdefault(entry.name, {})[entry.part[0]] = array
+    return out | {name: np.concatenate([found[i] for i in sorted(found)]) for name, found in parts.items()}
 
 
 def _listed(names: Iterable[str], limit: int = 8) -> str:

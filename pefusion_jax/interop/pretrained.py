@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pefusion_jax import trees
-from pefusion_jax.backbones import bert
+from pefusion_jax.backbones import FAMILIES, Family, stack_layers
+from pefusion_jax.backbones.family import canonical, params_from_hf
 from pefusion_jax.interop import hub
 from pefusion_jax.interop.safetensors import WeightFileError, check_finite, load_safetensors
 
@@ -51,17 +52,17 @@ def load_pretrained(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating dtype such as bfloat16, not {dtype}")
     folder = hub.locate(name_or_path, revision).path
-    config = read_config(folder)
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in _FAMILIES:
-        raise ValueError(
-            f"{folder / hub.CONFIG}: model_type={family!r} is not implemented; implemented: {', '.join(_FAMILIES)}"
-        )
+    raw = read_config(folder)
+    family = family_of(raw, folder)
     path = weights_path(folder)
     tensors = load_safetensors(path)
     check_finite(tensors, path)
     try:
-        model, params = _FAMILIES[family](config, tensors, dtype, scan_layers, remat)
+        config = family.read_config(raw, canonical(family, tensors))
+        with np.errstate(over="ignore"):  # overflow is reported by name below
+            params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params_from_hf(family, tensors, config))
+        model = family.build(config, dtype=dtype, scan_layers=scan_layers, remat=remat)
+        params = stack_layers(params) if scan_layers else params
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     overflown = [name for name, leaf in trees.flat(params).items() if not bool(jnp.isfinite(leaf).all())]
@@ -76,25 +77,28 @@ def load_pretrained(
     return model, params
 
 
-def _build_bert(
-    raw: dict[str, Any], tensors: dict[str, np.ndarray], dtype: jnp.dtype, scan_layers: bool, remat: bool
-) -> tuple[nn.Module, dict[str, Any]]:
-    known = ("BertModel", "BertForMaskedLM", "BertForPreTraining")
-    for architecture in raw.get("architectures") or ():
-        if architecture not in known:
+def family_of(raw: Mapping[str, Any], folder: Path) -> Family:
+    """The family of a ``config.json``.
+
+    Raises:
+      ValueError: naming the ``model_type`` or the architecture that is not implemented, and those that are.
+    """
+    model_type = raw.get("model_type")
+    family = next((family for family in FAMILIES if model_type in family.model_types), None)
+    if family is None:
+        known = ", ".join(name for family in FAMILIES for name in family.model_types)
+        raise ValueError(f"{folder / hub.CONFIG}: model_type={model_type!r} is not implemented; implemented: {known}")
+    architectures = raw.get("architectures") or ()
+    if not isinstance(architectures, (list, tuple)):
+        raise ValueError(f"{folder / hub.CONFIG}: architectures must be a list, not {architectures!r}")
+    for architecture in architectures:
+        if architecture not in family.architectures:
             raise ValueError(
-                f"architecture {architecture!r} is not implemented; implemented: {', '.join(known)}. To use the encoder "
-                "of a model with another head, save it alone: model.base_model.save_pretrained(NEW_FOLDER)"
+                f"{folder}: architecture {architecture!r} is not implemented; implemented: "
+                f"{', '.join(family.architectures)}. To use the encoder of a model with another head, save it alone: "
+                "model.base_model.save_pretrained(NEW_FOLDER)"
             )
-    config = bert.BertConfig.from_dict(raw, tensors)
-    with np.errstate(over="ignore"):  # load_pretrained reports overflow by name
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), bert.params_from_hf(tensors, config))
-    model = bert.Bert(config, dtype=dtype, scan_layers=scan_layers, remat=remat)
-    return model, bert.stack_layers(params) if scan_layers else params
-
-
-# model_type -> (config.json, tensors, dtype, scan_layers, remat) -> (model, params)
-_FAMILIES: dict[str, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {"bert": _build_bert}
+    return family
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Any:

@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from pefusion_jax import trees
-from pefusion_jax.backbones import bert
+from pefusion_jax.backbones import bert, stack_layers, unstack_layers
+from pefusion_jax.backbones.family import canonical, params_from_hf, params_to_hf
 from pefusion_jax.interop import load_pretrained, load_safetensors, load_tokenizer, locate, save_safetensors
 
 BASE = dict(
@@ -169,10 +170,10 @@ def test_loop_scan_and_remat_are_one_model_with_the_gradients_of_torch(folder):
     _, want = jax.jit(lambda p: loss(plain, p))(params)
     for scan_layers, remat in ((False, False), (False, True), (True, False), (True, True)):
         model, own = load_pretrained(folder("masked LM"), scan_layers=scan_layers, remat=remat)
-        assert jax.tree.structure(own) == jax.tree.structure(bert.stack_layers(params) if scan_layers else params)
+        assert jax.tree.structure(own) == jax.tree.structure(stack_layers(params) if scan_layers else params)
         if remat or not scan_layers:
             (_, got), grad = jax.jit(jax.value_and_grad(lambda p, model=model: loss(model, p), has_aux=True))(own)
-            ours = bert.params_to_hf(grad, model.config)
+            ours = params_to_hf(bert.FAMILY, grad, model.config)
             for name, array in torch_grad.items():
                 # Sums over all outputs: the bound is relative to the gradient's size.
                 bound = 2e-5 * max(1.0, float(np.abs(array).max()))
@@ -313,10 +314,12 @@ def prefixed_layer(layer, x, bias):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 def test_names_round_trip_bit_for_bit(variant, dtype, folder):
     tensors = {k: v.astype(dtype) for k, v in load_safetensors(folder(variant) / "model.safetensors").items()}
-    config = bert.BertConfig.from_dict(tiny(variant).config.to_diff_dict() | {"model_type": "bert"}, tensors)
-    params = bert.params_from_hf(tensors, config)
-    for tree in (params, bert.stack_layers(params)):
-        back = bert.params_to_hf(tree, config)
+    config = bert.BertConfig.from_dict(
+        tiny(variant).config.to_diff_dict() | {"model_type": "bert"}, canonical(bert.FAMILY, tensors)
+    )
+    params = params_from_hf(bert.FAMILY, tensors, config)
+    for tree in (params, stack_layers(params)):
+        back = params_to_hf(bert.FAMILY, tree, config)
         assert back.keys() == tensors.keys()
         for name, array in tensors.items():
             assert back[name].dtype == dtype and back[name].shape == array.shape
@@ -343,7 +346,7 @@ def test_init_makes_the_tree_of_the_table(heads, key):
         assert renamed.replace("/", ".") == row.name
     assert not table
     stacked = jax.eval_shape(bert.Bert(config, scan_layers=True).init, key, IDS)["params"]
-    assert stacked == jax.eval_shape(bert.stack_layers, made)
+    assert stacked == jax.eval_shape(stack_layers, made)
 
 
 def test_scanned_layers_are_initialised_apart(key):
@@ -364,7 +367,7 @@ def test_scanned_layers_are_initialised_apart(key):
 def test_old_and_headed_names_are_read(folder):
     tensors = load_safetensors(folder("masked LM") / "model.safetensors")
     config = load_pretrained(folder("masked LM"))[0].config
-    want = bert.params_from_hf(tensors, config)
+    want = params_from_hf(bert.FAMILY, tensors, config)
     old = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): array
         for name, array in tensors.items()
@@ -375,12 +378,12 @@ def test_old_and_headed_names_are_read(folder):
     old["cls.seq_relationship.weight"], old["cls.seq_relationship.bias"] = np.zeros((2, 24)), np.zeros(2)
     headless = {name.removeprefix("bert."): array for name, array in old.items()}
     for given in (old, headless):
-        jax.tree.map(np.testing.assert_array_equal, bert.params_from_hf(given, config), want)
+        jax.tree.map(np.testing.assert_array_equal, params_from_hf(bert.FAMILY, given, config), want)
     old["cls.predictions.decoder.weight"] += 1
-    with pytest.raises(ValueError, match="untied decoder"):
-        bert.params_from_hf(old, config)
+    with pytest.raises(ValueError, match="untied"):
+        params_from_hf(bert.FAMILY, old, config)
     with pytest.raises(ValueError, match="ambiguous"):
-        bert.params_from_hf(tensors | headless, config)
+        params_from_hf(bert.FAMILY, tensors | headless, config)
 
 
 def test_strict_names(folder):
@@ -391,32 +394,32 @@ def test_strict_names(folder):
     bad["pooler.dense.weight"] = bad["pooler.dense.weight"][:3]
     bad["pooler.dense.bias"] = bad["pooler.dense.bias"].astype(np.int8)
     with pytest.raises(ValueError) as caught:
-        bert.params_from_hf(bad, config)
+        params_from_hf(bert.FAMILY, bad, config)
     for part in (
         "1 missing: encoder.layer.1.output.dense.weight",
         "1 unexpected: classifier.weight",
-        "pooler.dense.weight [3, 24] instead of [24, 24]",
-        "pooler.dense.bias int8",
+        "pooler.dense.weight is [3, 24] instead of [24, 24]",
+        "pooler.dense.bias is int8",
         "38 of 39 names match",
     ):
         assert part in str(caught.value), (part, str(caught.value))
-    params = bert.params_from_hf(tensors, config)
+    params = params_from_hf(bert.FAMILY, tensors, config)
     with pytest.raises(ValueError, match="missing pooler/dense/kernel"):
-        bert.params_to_hf({**params, "pooler": {"dense": {"bias": params["pooler"]["dense"]["bias"]}}}, config)
+        params_to_hf(bert.FAMILY, {**params, "pooler": {"dense": {"bias": params["pooler"]["dense"]["bias"]}}}, config)
 
 
 def test_layouts_that_cannot_be_converted(folder):
     _, params = load_pretrained(folder("plain"))
     layers = params["encoder"]["layer"]
     with pytest.raises(ValueError, match="numbered 0 to 1"):
-        bert.stack_layers({"encoder": {"layer": {"0": layers["0"], "2": layers["1"]}}})
+        stack_layers({"encoder": {"layer": {"0": layers["0"], "2": layers["1"]}}})
     with pytest.raises(ValueError, match="lacks the leaf"):
-        bert.stack_layers({"encoder": {"layer": {"0": layers["0"], "1": {"output": layers["1"]["output"]}}}})
+        stack_layers({"encoder": {"layer": {"0": layers["0"], "1": {"output": layers["1"]["output"]}}}})
     with pytest.raises(ValueError, match="different leading axes"):
-        bert.unstack_layers({"encoder": {"layer": {"a": np.zeros((2, 3)), "b": np.zeros((3, 3))}}})
-    stacked = bert.stack_layers(params)
-    assert jax.tree.structure(bert.stack_layers(stacked)) == jax.tree.structure(stacked)
-    jax.tree.map(np.testing.assert_array_equal, bert.unstack_layers(stacked), params)
+        unstack_layers({"encoder": {"layer": {"a": np.zeros((2, 3)), "b": np.zeros((3, 3))}}})
+    stacked = stack_layers(params)
+    assert jax.tree.structure(stack_layers(stacked)) == jax.tree.structure(stacked)
+    jax.tree.map(np.testing.assert_array_equal, unstack_layers(stacked), params)
 
 
 @pytest.mark.parametrize(
@@ -491,7 +494,7 @@ def test_real_checkpoints_round_trip(name, tmp_path):
     """HF -> ours -> HF bit for bit (but for the constant position ids), and transformers loads what we wrote."""
     original = load_safetensors(locate(name).path / "model.safetensors")
     model, params = load_pretrained(name)
-    written = bert.params_to_hf(params, model.config)
+    written = params_to_hf(bert.FAMILY, params, model.config)
     modern = {
         k.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
         for k, v in original.items()
