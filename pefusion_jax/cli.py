@@ -1,4 +1,4 @@
-"""The command line: ``pefusion quickstart | finetune | fuse | evaluate``."""
+"""The command line: ``pefusion quickstart | finetune | fuse | evaluate | convert | inspect | verify``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from pefusion_jax import cli_files
 from pefusion_jax.quickstart import Settings
 
 Out = Annotated[str, tyro.conf.arg(help="Folder to write. It must be empty or not exist.", metavar="DIR")]
@@ -145,12 +146,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         Finetune: _finetune,
         Fuse: _fuse,
         Evaluate: _evaluate,
+        cli_files.Convert: cli_files.convert,
+        cli_files.Inspect: cli_files.inspect,
+        cli_files.Verify: cli_files.verify,
     }
     command = tyro.cli(
         Annotated[Quickstart, tyro.conf.subcommand("quickstart", prefix_name=False)]
         | Annotated[Finetune, tyro.conf.subcommand("finetune", prefix_name=False)]
         | Annotated[Fuse, tyro.conf.subcommand("fuse", prefix_name=False)]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)],
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
+        | Annotated[cli_files.Convert, tyro.conf.subcommand("convert", prefix_name=False)]
+        | Annotated[cli_files.Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
+        | Annotated[cli_files.Verify, tyro.conf.subcommand("verify", prefix_name=False)],
         prog="pefusion",
         description="Parameter-efficient fine-tuning, partial linearization and multi-task fusion in JAX.",
         args=argv,

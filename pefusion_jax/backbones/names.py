@@ -5,7 +5,8 @@ Each backbone builds its own table from its configuration; what is strict about 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -150,11 +151,21 @@ def read(tensors: Mapping[str, np.ndarray], table: Table, what: str) -> dict[str
       ValueError: listing every missing, unexpected, wrongly shaped and non-floating tensor.
     """
     require_fit(compare(tensors, table), what)
-    return trees.nest({path: np.ascontiguousarray(convert(entry, tensors[entry.name])) for path, entry in table.items()})
+    # np.ascontiguousarray would give a scalar (CLIP's logit_scale) an axis.
+    arrays = {path: convert(entry, tensors[entry.name]) for path, entry in table.items()}
+    return trees.nest({path: np.require(array, requirements="C") for path, array in arrays.items()})
 
 
-def write(params: Mapping[str, Any], table: Table, what: str) -> dict[str, np.ndarray]:
-    """The inverse of :func:`read`: ``{name in the file: array}``.
+class Pending(NamedTuple):
+    """A tensor of a file that has not been made yet: its dtype and shape, and the function that makes it."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+def pending(params: Mapping[str, Any], table: Table, what: str) -> dict[str, Pending]:
+    """``{name in the file: Pending}`` for parameters in the loop layout, so that tensors can be written one at a time.
 
     Raises:
       ValueError: if the parameters' paths or shapes are not the table's.
@@ -165,19 +176,29 @@ def write(params: Mapping[str, Any], table: Table, what: str) -> dict[str, np.nd
         raise ValueError(
             f"these parameters are not those of {what}: missing {_listed(missing)}; unexpected {_listed(unexpected)}"
         )
-    out: dict[str, np.ndarray] = {}
-    parts: dict[str, dict[int, np.ndarray]] = {}
+    parts: dict[str, dict[int, str]] = {}
     for path, entry in table.items():
-        array = np.asarray(flat[path])
-        if array.shape != parameter_shape(entry):
-            raise ValueError(f"{what}: {path} has the shape {array.shape} instead of {parameter_shape(entry)}")
-        if entry.axes is not None:
-            array = np.ascontiguousarray(array.transpose(np.argsort(entry.axes)))
-        if entry.part is None:
-            out[entry.name] = array
-        else:
-            parts.setdefault(entry.name, {})[entry.part[0]] = array
-    return out | {name: np.concatenate([found[i] for i in sorted(found)]) for name, found in parts.items()}
+        if tuple(flat[path].shape) != parameter_shape(entry):
+            raise ValueError(f"{what}: {path} has the shape {tuple(flat[path].shape)} instead of {parameter_shape(entry)}")
+        parts.setdefault(entry.name, {})[entry.part[0] if entry.part else 0] = path
+
+    def make(paths: dict[int, str]) -> np.ndarray:
+        arrays = []
+        for _, path in sorted(paths.items()):
+            array, axes = np.asarray(flat[path]), table[path].axes
+            arrays.append(array if axes is None else np.ascontiguousarray(array.transpose(np.argsort(axes))))
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    out = {}
+    for name, paths in parts.items():
+        first = paths[min(paths)]
+        out[name] = Pending(np.dtype(flat[first].dtype), table[first].shape, functools.partial(make, paths))
+    return out
+
+
+def write(params: Mapping[str, Any], table: Table, what: str) -> dict[str, np.ndarray]:
+    """The inverse of :func:`read`: ``{name in the file: array}``. Raises as :func:`pending`."""
+    return {name: row.make() for name, row in pending(params, table, what).items()}
 
 
 def _listed(names: Iterable[str], limit: int = 8) -> str:

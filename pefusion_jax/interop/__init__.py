@@ -12,6 +12,7 @@ from pefusion_jax.interop.safetensors import (
     read_metadata,
     save_safetensors,
 )
+from pefusion_jax.interop.saving import save_pretrained
 
 __all__ = [
     "Folder",
@@ -26,5 +27,6 @@ __all__ = [
     "locate",
     "read_header",
     "read_metadata",
+    "save_pretrained",
     "save_safetensors",
 ]

@@ -16,8 +16,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,13 +149,14 @@ def iter_safetensors(
                 )
         for name in wanted:
             info = infos[name]
-            buffer = np.empty(info.nbytes, np.uint8)
+            buffer = aligned(info.nbytes)
             file.seek(info.offset)
             if file.readinto(buffer.data) != info.nbytes:
                 raise WeightFileError(path, "the file became shorter while it was read", tensor=name)
             if info.dtype == np.bool_ and buffer.size and buffer.max() > 1:
                 raise WeightFileError(path, "a boolean is neither 0 nor 1", tensor=name, found=int(buffer.max()))
             yield name, buffer.view(info.dtype).reshape(info.shape)
+            del buffer  # or it would live on until the next one has been allocated
 
 
 def load_safetensors(
@@ -189,6 +191,28 @@ def save_safetensors(
       WeightFileError: if a name, a dtype or the metadata cannot be stored, before anything is written.
     """
     path = Path(path)
+    arrays = {name: _storable(path, name, value) for name, value in tensors.items()}
+    write_safetensors(path, {name: (a.dtype, a.shape) for name, a in arrays.items()}, arrays.__getitem__, metadata)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    make: Callable[[str], Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """As :func:`save_safetensors` for tensors that are made one at a time, so that no more than one need exist.
+
+    Args:
+      path: the file; its folder must exist.
+      kinds: ``{name: (dtype, shape)}``.
+      make: ``name -> array`` of that dtype and shape.
+      metadata: strings to store.
+
+    Raises:
+      WeightFileError: if something cannot be stored, or an array is not of its announced kind.
+    """
+    path = Path(path)
     meta = {"format": "pt", **(metadata or {})}
     for key, value in meta.items():
         if not isinstance(key, str) or not isinstance(value, str):
@@ -198,19 +222,29 @@ def save_safetensors(
                 found=f"{key!r}: {value!r}",
                 remedy="turn the value into a string, for instance with json.dumps",
             )
-    arrays = {name: _storable(path, name, value) for name, value in tensors.items()}
+    for name, (dtype, _) in kinds.items():
+        if np.dtype(dtype) not in _DTYPE_NAMES:
+            raise WeightFileError(
+                path,
+                "this dtype cannot be stored",
+                tensor=name,
+                expected=", ".join(DTYPES),
+                found=dtype,
+                remedy="cast the array first",
+            )
     # Widest types first keeps every tensor aligned; then by name.
-    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    order = sorted(kinds, key=lambda name: (-np.dtype(kinds[name][0]).itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(meta.items()))}
     position = 0
     for name in order:
-        array = arrays[name]
+        dtype, shape = kinds[name]
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         header[name] = {
-            "dtype": _DTYPE_NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [position, position + array.nbytes],
+            "dtype": _DTYPE_NAMES[np.dtype(dtype)],
+            "shape": list(shape),
+            "data_offsets": [position, position + size],
         }
-        position += array.nbytes
+        position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
 
@@ -218,7 +252,13 @@ def save_safetensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in order:
-            file.write(arrays[name].reshape(-1).view(np.uint8).data)
+            array = _storable(path, name, make(name))
+            if (array.dtype, array.shape) != (np.dtype(kinds[name][0]), tuple(kinds[name][1])):
+                raise WeightFileError(
+                    path, "a tensor is not of the kind that was announced", tensor=name, expected=kinds[name],
+                    found=(array.dtype, array.shape), remedy="announce the dtype and shape that are made",
+                )  # fmt: skip
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
@@ -230,6 +270,10 @@ def check_finite(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[str]
     """
     bad = {}
     for name, array in tensors.items():
+        # A finite sum has finite terms: one pass over the data, without an array of booleans.
+        with np.errstate(all="ignore"):
+            if array.dtype.kind in "biu" or (array.dtype.itemsize >= 4 and np.isfinite(array.sum())):
+                continue
         if array.dtype.kind not in "biu":
             count = int(array.size - np.count_nonzero(np.isfinite(array)))
             if count:
@@ -283,7 +327,7 @@ def _parse(
             found=f"{length} bytes",
             remedy=_DOWNLOAD_AGAIN + "; a genuine file with a longer header: raise max_header_bytes",
         )
-    header = _decode(file.read(length), path)
+    header = decode_json(file.read(length), path, "the header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise WeightFileError(path, "__metadata__ must map strings to strings", found=metadata)
@@ -315,7 +359,13 @@ def _parse(
     return ordered, metadata
 
 
-def _decode(text: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
+def decode_json(text: bytes, path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Reads a JSON object from a file that may be hostile: UTF-8, unique keys, no NaN, bounded nesting.
+
+    Raises:
+      WeightFileError: naming ``path`` and ``what`` it is.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
         if len(out) != len(pairs):
@@ -331,10 +381,10 @@ def _decode(text: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         json.dumps(header, ensure_ascii=False).encode("utf-8")  # escaped lone surrogates are not text either
     except (ValueError, RecursionError) as error:
         raise WeightFileError(
-            path, "the header is not a UTF-8 JSON object with unique keys", found=f"{type(error).__name__}: {error}"
+            path, f"{what} is not a UTF-8 JSON object with unique keys", found=f"{type(error).__name__}: {error}"
         ) from None
     if not isinstance(header, dict):
-        raise WeightFileError(path, "the header is not a JSON object", found=type(header).__name__)
+        raise WeightFileError(path, f"{what} is not a JSON object", found=type(header).__name__)
     return header
 
 
@@ -376,6 +426,19 @@ def _tensor_info(path: str | os.PathLike[str], name: str, entry: Any, start: int
             found=f"{end - begin} bytes",
         )
     return TensorInfo(DTYPES[dtype], tuple(shape), start + begin, nbytes)
+
+
+def aligned(nbytes: int, alignment: int = 64) -> np.ndarray:
+    """Bytes at an address that JAX can use as they are, without a copy.
+
+    Large ones are pages of their own, which go back to the system when they are freed. An allocator's heap would keep them,
+    and reading tensor by tensor would hold several.
+    """
+    if nbytes >= 2**20:
+        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    buffer = np.empty(nbytes + alignment, np.uint8)
+    start = -buffer.ctypes.data % alignment
+    return buffer[start : start + nbytes]
 
 
 def _is_size(value: Any) -> bool:

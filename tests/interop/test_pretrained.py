@@ -93,14 +93,14 @@ def test_wrong_folders(folder, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "is not JSON"),
-        (b"\xff\xfe", "is not JSON"),
-        (b"[]", "not a JSON object but list"),
-        (b"[" * 100_000, "is not JSON"),
+        (b"{", "not a UTF-8 JSON object"),
+        (b"\xff\xfe", "not a UTF-8 JSON object"),
+        (b"[]", "(?s)not a JSON object.*list"),
+        (b"[" * 100_000, "not a UTF-8 JSON object"),
         (b" " * (2**20 + 1), "a configuration has at most"),
         (b"{}", "model_type=None is not implemented; implemented: bert"),
         (b'{"model_type": ["bert"]}', "is not implemented"),
-        (b'{"model_type": "roberta"}', "model_type='roberta' is not implemented"),
+        (b'{"model_type": "gpt2"}', "model_type='gpt2' is not implemented"),
     ],
 )
 def test_wrong_configurations(content, message, folder):
@@ -121,12 +121,7 @@ def test_unknown_architecture_and_fields(folder):
 
 
 def test_missing_weights_say_what_is_there_instead(folder):
-    weights = folder / "model.safetensors"
-    (folder / "model.safetensors.index.json").write_text("{}")
-    weights.rename(folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(WeightFileError, match="several files are not implemented"):
-        load_pretrained(folder)
-    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has no model.safetensors"):
         load_pretrained(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
