@@ -133,16 +133,16 @@ def load_pretrained(
         for copy, original in found.copies.items():
             require_equal(copy, found.weights[found.origin[copy]], original, found.weights[found.origin[original]])
         table = found.family.table(found.config)
-        place = placing(dtype, sharding, found.folder)
+        place = placing(sharding)
         origin, missing = dict(found.origin), found.report.missing
         if missing or found.report.unexpected:
             warnings.warn(f"{found.folder}: {found.report}", stacklevel=2)
         if missing:  # no stacking leaf by leaf where layers are incomplete
-            params = place_parameters(found.weights, table, origin, place)
-            params = trees.merge(params, _drawn({p: e for p, e in table.items() if e.name in set(missing)}, place))
+            params = place_parameters(found.weights, table, origin, place, dtype)
+            params = trees.merge(params, _drawn({p: e for p, e in table.items() if e.name in set(missing)}, place, dtype))
             params = stack_layers(params) if scan_layers else params
         else:
-            params = place_parameters(found.weights, table, origin, place, stacked=scan_layers)
+            params = place_parameters(found.weights, table, origin, place, dtype, stacked=scan_layers)
         return found.family.build(found.config, dtype=dtype, scan_layers=scan_layers, remat=remat), params
     except WeightFileError:
         raise
@@ -166,7 +166,7 @@ def _dtype(dtype: Any, found: Checkpoint) -> jnp.dtype:
     return dtype
 
 
-def _drawn(table: Table, place: Place) -> dict[str, Any]:
+def _drawn(table: Table, place: Place, dtype: jnp.dtype) -> dict[str, Any]:
     """Parameters that a file lacks, drawn from a key of their own path each."""
     made = {}
     for path, entry in table.items():
@@ -175,7 +175,7 @@ def _drawn(table: Table, place: Place) -> dict[str, Any]:
             array = np.full(shape, 1.0 if leaf == "scale" else 0.0, np.float32)
         else:
             array = np.random.default_rng(zlib.crc32(path.encode())).normal(0.0, 0.02, shape).astype(np.float32)
-        made[path] = place(path, array)
+        made[path] = place(path, array.astype(dtype))
     return trees.nest(made)
 
 

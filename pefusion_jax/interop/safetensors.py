@@ -13,11 +13,13 @@ Reference: https://github.com/huggingface/safetensors (format section of the REA
 
 from __future__ import annotations
 
+import concurrent.futures
 import io
 import json
 import math
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from pefusion_jax import files
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 1_000_000
 MAX_DIMS = 8
+_READ_BYTES = 2**30  # Linux reads less than 2 GiB at a time
 
 # Types narrower than a byte (F4, F6_*) are left out on purpose: numpy has no packed layout for them.
 DTYPES: dict[str, np.dtype] = {
@@ -148,15 +151,67 @@ def iter_safetensors(
                     remedy="check that the file belongs to this model",
                 )
         for name in wanted:
+            yield name, _read(file, path, name, infos[name])
+
+
+def read_concurrently(
+    path: str | os.PathLike[str], names: Iterable[str], use: Callable[[str, np.ndarray, Path], None], threads: int | None = None
+) -> None:
+    """Calls ``use(name, array, path)`` for each tensor from a few threads, in the order of the file as far as possible.
+
+    The tensors in flight are together at most as large as the largest of them.
+
+    Args:
+      path: the file.
+      names: the tensors wanted.
+      use: called once for each; the first error ends the reading and is raised.
+      threads: at most 4, and no more than there are processors, if not given.
+
+    Raises:
+      WeightFileError: as ``read_header``.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        infos, _ = _parse(file, path, MAX_HEADER_BYTES)
+        wanted = sorted(names, key=lambda name: infos[name].offset)
+        budget = max((infos[name].nbytes for name in wanted), default=0)
+        free, condition, failed = budget, threading.Condition(), threading.Event()
+
+        def one(name: str) -> None:
+            nonlocal free
             info = infos[name]
-            buffer = aligned(info.nbytes)
-            file.seek(info.offset)
-            if file.readinto(buffer.data) != info.nbytes:
-                raise WeightFileError(path, "the file became shorter while it was read", tensor=name)
-            if info.dtype == np.bool_ and buffer.size and buffer.max() > 1:
-                raise WeightFileError(path, "a boolean is neither 0 nor 1", tensor=name, found=int(buffer.max()))
-            yield name, buffer.view(info.dtype).reshape(info.shape)
-            del buffer  # or it would live on until the next one has been allocated
+            with condition:
+                condition.wait_for(lambda: free >= info.nbytes or failed.is_set())
+                free -= info.nbytes
+            try:
+                if not failed.is_set():
+                    use(name, _read(file, path, name, info), path)
+            except BaseException:
+                failed.set()
+                raise
+            finally:
+                with condition:
+                    free += info.nbytes
+                    condition.notify_all()
+
+        with concurrent.futures.ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
+            tasks = [pool.submit(one, name) for name in wanted]
+        for task in tasks:
+            task.result()
+
+
+def _read(file: io.BufferedReader, path: str | os.PathLike[str], name: str, info: TensorInfo) -> np.ndarray:
+    """One tensor of a file that is open and whose header was validated; several threads may do so at a time."""
+    buffer = aligned(info.nbytes)
+    done = 0
+    while done < info.nbytes:
+        got = os.preadv(file.fileno(), [buffer.data[done : done + _READ_BYTES]], info.offset + done)
+        if got == 0:
+            raise WeightFileError(path, "the file became shorter while it was read", tensor=name)
+        done += got
+    if info.dtype == np.bool_ and buffer.size and buffer.max() > 1:
+        raise WeightFileError(path, "a boolean is neither 0 nor 1", tensor=name, found=int(buffer.max()))
+    return buffer.view(info.dtype).reshape(info.shape)
 
 
 def load_safetensors(

@@ -7,7 +7,7 @@ A shard index is untrusted input::
 Names of shards are single path components that end in ``.safetensors`` and lie in the folder (or, for a folder of the
 Hugging Face cache, in that cache's ``blobs``); map and shards must name the same tensors, each once.
 
-Memory: on the host at most one tensor of the file beside what is already placed. Where an accelerator holds the
+Memory: on the host at most the size of the largest tensor beside what is already placed. Where an accelerator holds the
 parameters, that is all; on a CPU, whose arrays are host memory, the peak is the model plus its largest tensor.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,13 @@ from pefusion_jax.interop.safetensors import (
     check_finite,
     decode_json,
     iter_safetensors,
+    read_concurrently,
     read_header,
 )
 
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_SHARDS = 10_000
+_BLOCK = 64
 _PARTIAL = "the folder is incomplete or was edited: fetch or save the model again"
 
 Place = Callable[[str, np.ndarray], jax.Array]
@@ -67,14 +70,6 @@ class Weights(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         return next(iter_safetensors(self._file[name], [name]))[1]
-
-    def stream(self, wanted: set[str]) -> Iterator[tuple[str, np.ndarray, Path]]:
-        """Yields ``(name, array, file)`` in the order of the files, which is the fastest to read."""
-        for path in self.files:
-            here = [name for name in self.infos if self._file[name] == path and name in wanted]
-            for name, array in iter_safetensors(path, here):
-                yield name, array, path
-                del array
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -175,54 +170,99 @@ def place_parameters(
     table: names.Table,
     origin: Mapping[str, str],
     place: Place,
+    dtype: Any,
     *,
     stacked: bool = False,
 ) -> dict[str, Any]:
     """Reads every tensor of a table once, in the order of the files, and places its parameters.
 
+    A few threads read, check, cast and transpose different tensors at a time, as many as fit into the size of the largest.
+
     Args:
       weights: the files.
       table: ``{path: Entry}`` in the loop layout.
       origin: ``{canonical name: name in the file}``; rows of the table that it lacks are left out.
-      place: ``(path, array) -> array on devices``. The array may be a transposed view; it is not used again.
+      place: ``(path, array) -> array on devices``; the array is given away.
+      dtype: of the parameters.
       stacked: make the scan layout: a leaf is placed when its last layer has been read.
 
     Returns:
       A nested dictionary of parameters.
 
     Raises:
-      WeightFileError: naming the tensors that hold NaN or infinity.
+      WeightFileError: naming the tensors that hold NaN or infinity, as stored or in ``dtype``.
     """
     wanted: dict[str, list[tuple[str, names.Entry]]] = {}
     layers: dict[str, int] = {}
     for path, entry in table.items():
         if entry.name in origin:
             wanted.setdefault(origin[entry.name], []).append((path, entry))
-            if stacked:
-                layers[_stacked(path)[0]] = max(layers.get(_stacked(path)[0], 0), (_stacked(path)[1] or 0) + 1)
+            leaf, layer = _stacked(path)
+            layers[leaf] = max(layers.get(leaf, 0), (layer or 0) + 1)
     leaves: dict[str, Any] = {}
     pending: dict[str, tuple[np.ndarray, set[int]]] = {}
-    for name, array, file in weights.stream(set(wanted)):
+    lock = threading.Lock()
+
+    def use(name: str, array: np.ndarray, file: Path) -> None:
         check_finite({name: array}, file)
         for path, entry in wanted[name]:
             view = names.convert(entry, array)
-            if stacked and _stacked(path)[1] is not None:
-                path, layer = _stacked(path)
-                if path not in pending:
-                    pending[path] = np.empty((layers[path], *view.shape), view.dtype), set(range(layers[path]))
-                whole, missing = pending[path]
-                whole[layer] = view
+            leaf, layer = _stacked(path)
+            if not stacked or layer is None:
+                own = view if view.dtype == dtype and view.flags.c_contiguous else _empty(view.shape, dtype)
+                if own is not view:
+                    copy(own, view, path, file)
+                leaves[path] = jax.block_until_ready(place(path, own))
+                continue
+            with lock:
+                if leaf not in pending:
+                    pending[leaf] = _empty((layers[leaf], *view.shape), dtype), set(range(layers[leaf]))
+                whole, missing = pending[leaf]
+            copy(whole[layer], view, path, file)
+            with lock:
                 missing.discard(layer)
-                if missing:
-                    continue
-                view = pending.pop(path)[0]
-            leaves[path] = jax.block_until_ready(place(path, view))
-            del view
-        del array  # before the next tensor is read: one at a time
+                last = not missing and pending.pop(leaf, None) is not None
+            if last:
+                leaves[leaf] = jax.block_until_ready(place(leaf, whole))
+
+    for file in weights.files:
+        here = [name for name in weights if weights.file_of(name) == file and name in wanted]
+        read_concurrently(file, here, use)
     if pending:
         raise ValueError(f"some layers of {next(iter(pending))} are missing, so that the layers cannot be stacked")
     order = {(_stacked(path)[0] if stacked else path): None for path in table}
     return trees.nest({path: leaves[path] for path in order if path in leaves})
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory that a CPU device takes over as it is."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return aligned(size).view(dtype).reshape(shape)
+
+
+def copy(target: np.ndarray, source: np.ndarray, path: str, file: Path) -> None:
+    """Copies, casts and transposes in one go.
+
+    Raises:
+      WeightFileError: if values overflow in the target's dtype.
+    """
+    with np.errstate(over="ignore"):
+        if source.ndim == 2 and not source.flags.c_contiguous:
+            for start in range(0, source.shape[1], _BLOCK):  # rows of the file, few enough to stay in the cache
+                target[:, start : start + _BLOCK] = source[:, start : start + _BLOCK]
+        else:
+            np.copyto(target, source, casting="unsafe")
+    if target.dtype != source.dtype and source.size:
+        largest = float(jnp.finfo(target.dtype).max)
+        # No value above the largest: nothing can have overflowed. Else look, for rounding may have saved it.
+        if not -largest <= float(source.min()) <= float(source.max()) <= largest and not np.isfinite(target).all():
+            raise WeightFileError(
+                file,
+                f"weights are not finite in {target.dtype}, but are as stored",
+                tensor=path,
+                expected=f"at most {jnp.finfo(target.dtype).max}",
+                remedy="load with dtype=bfloat16 or float32",
+            )
 
 
 def _stacked(path: str) -> tuple[str, int | None]:
@@ -234,37 +274,18 @@ def _stacked(path: str) -> tuple[str, int | None]:
     return path, None
 
 
-def placing(dtype: Any, sharding: Any, file: Path) -> Place:
-    """How a leaf gets onto devices: cast on the host to ``dtype``, then placed whole or by shards.
+def placing(sharding: Any) -> Place:
+    """How a leaf gets onto devices.
 
     Args:
-      dtype: of the parameters.
       sharding: ``None`` for the default device, a ``jax.Device``, a ``jax.sharding.Sharding``, or a function
         ``(path, shape) -> `` one of these.
-      file: for messages.
 
     Raises:
-      WeightFileError: (by the function returned) if values overflow in ``dtype``.
       ValueError: (by the function returned) if the sharding does not fit a leaf's shape.
     """
 
     def place(path: str, array: np.ndarray) -> jax.Array:
-        if array.dtype != dtype:
-            # Cast and transposed in one go, into memory that a CPU device takes over as it is.
-            cast = aligned(array.size * np.dtype(dtype).itemsize).view(dtype).reshape(array.shape)
-            with np.errstate(over="ignore"):
-                np.copyto(cast, array, casting="unsafe")
-            largest = float(jnp.finfo(dtype).max)
-            # No value above the largest: nothing can have overflowed. Else look, for rounding may have saved it.
-            if array.size and not -largest <= float(array.min()) <= float(array.max()) <= largest and not finite(cast):
-                raise WeightFileError(
-                    file,
-                    f"weights are not finite in {dtype}, but are as stored",
-                    tensor=path,
-                    expected=f"at most {jnp.finfo(dtype).max}",
-                    remedy="load with dtype=bfloat16 or float32",
-                )
-            array = cast
         where = sharding(path, array.shape) if callable(sharding) else sharding
         try:
             if isinstance(where, jax.sharding.Sharding) and not where.is_fully_addressable:
@@ -274,11 +295,6 @@ def placing(dtype: Any, sharding: Any, file: Path) -> Place:
             raise ValueError(f"{path} {list(array.shape)} does not go with the sharding that was given: {error}") from error
 
     return place
-
-
-def finite(array: np.ndarray) -> bool:
-    """Whether all values are finite."""
-    return bool(np.isfinite(array).all())
 
 
 def write_index(path: Path, shards: Mapping[str, Mapping[str, int]]) -> None:
