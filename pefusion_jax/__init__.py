@@ -16,9 +16,10 @@ from pefusion_jax.deltas import Delta, LowRank, fold
 # Everything else takes an Adapted and trees.
 from pefusion_jax.evaluation import evaluate
 from pefusion_jax.fusion import fuse
+from pefusion_jax.generation import generate_tokens, score_labels
 
-# Weights and tokenizers, from Hugging Face's files.
-from pefusion_jax.interop import load_pretrained, load_tokenizer
+# Weights, tokenizers and image preprocessing, from Hugging Face's files.
+from pefusion_jax.interop import load_image_processor, load_peft, load_pretrained, load_tokenizer, save_peft, save_pretrained
 from pefusion_jax.linearize import linearize
 
 # Adapter methods.
@@ -40,11 +41,17 @@ __all__ = [
     "fold",
     "fuse",
     "fusion",
+    "generate_tokens",
     "linearize",
+    "load_image_processor",
+    "load_peft",
     "load_pretrained",
     "load_run",
     "load_tokenizer",
+    "save_peft",
+    "save_pretrained",
     "save_run",
+    "score_labels",
     "tasks",
     "training",
     "trees",

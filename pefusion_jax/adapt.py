@@ -14,6 +14,7 @@ them. So ``nn.scan(variable_axes={"params": 0})`` slices them and ``nn.remat`` p
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -83,6 +84,25 @@ class Expansions(NamedTuple):
     changes: Callable[..., Delta]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """What an :class:`Adapted` was made of; compared by identity, so that an Adapted stays hashable.
+
+    Attributes:
+      model: the Linen module that :func:`adapt` was given.
+      methods: the adapter methods, in order.
+      mode: of ``linearize``, or ``None``.
+      adapters0: the point of expansion, or ``None``.
+      plain: the model before it was linearized, or ``None``.
+    """
+
+    model: nn.Module
+    methods: tuple[Method, ...]
+    mode: str | None = None
+    adapters0: Any = None
+    plain: Adapted | None = None
+
+
 class Adapted(NamedTuple):
     """A tunable model: pure functions over base parameters and a tree of adapters. Hashable, by identity.
 
@@ -102,6 +122,7 @@ class Adapted(NamedTuple):
         with a leading axis over the stacked displacements. ``None`` for all others.
       expand: builds a forward pass that treats each adapted site in another way; ``linearize`` uses it and gives none.
       folds: whether ``apply(params, a)`` equals ``base(fold(params, deltas(params, a)))``.
+      origin: model and methods, for those who write adapters to files; ``None`` where they are not enough to do so.
     """
 
     init: Callable[..., Any]
@@ -114,6 +135,7 @@ class Adapted(NamedTuple):
     pushforward: Callable[..., Any] | None
     expand: Expansions | None
     folds: bool
+    origin: Origin | None = None
 
 
 def adapt(model: nn.Module, methods: Any) -> Adapted:
@@ -244,6 +266,7 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
         pushforward=None,
         expand=Expansions(forward=expand, changes=changes),
         folds=True,
+        origin=Origin(model, rules),
     )
 
 

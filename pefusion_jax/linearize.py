@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from pefusion_jax import trees
-from pefusion_jax.adapt import Adapted, Expansions
+from pefusion_jax.adapt import Adapted, Expansions, Origin
 from pefusion_jax.deltas import Change, Delta, LowRank, dense, fold, tangent, weighted_sum
 
 MODES = ("network", "layer", "weight")
@@ -117,6 +117,9 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
         pushforward=pushforward,
         expand=None,
         folds=adapted.folds and mode == "layer",
+        origin=None
+        if adapted.origin is None
+        else Origin(adapted.origin.model, adapted.origin.methods, mode, adapters0, adapted),
     )
 
 

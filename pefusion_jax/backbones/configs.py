@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ def refuse_unknown(
       ValueError: naming every field or value that is not implemented.
     """
     problems = [
-        f"{key}={raw[key]!r} (implemented: {' or '.join(map(repr, values))})"
+        f"{key}={_short(raw[key])} (implemented: {' or '.join(map(repr, values))})"
         for key, values in only.items()
         if key in raw
         and not any(raw[key] is value or (type(raw[key]) is type(value) and raw[key] == value) for value in values)
@@ -45,9 +46,9 @@ def refuse_unknown(
     if "model_type" not in raw:
         problems.append(f"model_type is missing (implemented: {' or '.join(map(repr, only['model_type']))})")
     known = {*own, *only, *harmless, *HARMLESS}
-    problems += [f"{key}={value!r} (unknown field)" for key, value in raw.items() if key not in known]
+    problems += [f"{reprlib.repr(key)[1:-1]}={_short(value)} (unknown field)" for key, value in raw.items() if key not in known]
     if problems:
-        shown = [problem if len(problem) < 200 else problem[:200] + "..." for problem in problems[:12]]
+        shown = problems[:12]
         more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise ValueError(
             f"this config.json asks for what the {what} backbone does not implement: {'; '.join(shown)}{more}. "
@@ -85,9 +86,9 @@ def validate(config: Any) -> None:
         if field.name.endswith("_act") and value not in ACTIVATIONS:
             raise ValueError(f"{where}={_short(value)} is not implemented; implemented: {', '.join(ACTIVATIONS)}")
         if "dropout" in field.name and not 0 <= value < 1:
-            raise ValueError(f"{where} must lie in [0, 1), not {value!r}: it is a dropout probability")
+            raise ValueError(f"{where} must lie in [0, 1), not {_short(value)}: it is a dropout probability")
         if "eps" in field.name.split("_") and not 0 < value < 1:
-            raise ValueError(f"{where} must lie in (0, 1), not {value!r}")
+            raise ValueError(f"{where} must lie in (0, 1), not {_short(value)}")
 
 
 def require_multiple(config: Any, large: str, small: str) -> None:
@@ -109,6 +110,6 @@ def num_labels(raw: Mapping[str, Any]) -> int:
     return len(labels) if labels else raw.get("num_labels", 2)
 
 
-def _short(value: Any, limit: int = 120) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."
+def _short(value: Any) -> str:
+    """The value for a message: bounded in length and depth, for it may be hostile."""
+    return reprlib.repr(value)

@@ -80,9 +80,13 @@ def canonical(family: Family, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def on_disk(family: Family, table: names.Table) -> dict[str, str]:
-    """``{canonical name: name in the file}`` for what a model of this table is saved as: the prefix where it has a head."""
-    headed = any(entry.name.startswith(family.heads) for entry in table.values()) if family.heads else False
+def on_disk(family: Family, table: names.Table, config: Any = None) -> dict[str, str]:
+    """``{canonical name: name in the file}`` for what a model of this table is saved as: the prefix where it has a head.
+
+    A head that is tied has no row in the table; with ``config`` given, the family's ``copies`` tell of it.
+    """
+    known = [*(entry.name for entry in table.values()), *(() if config is None else family.copies(config))]
+    headed = bool(family.heads) and any(name.startswith(family.heads) for name in known)
     prefix = family.prefix if headed else ""
     return {
         entry.name: entry.name if family.heads and entry.name.startswith(family.heads) else prefix + entry.name
@@ -127,5 +131,5 @@ def params_to_hf(family: Family, params: Mapping[str, Any], config: Any) -> dict
     """
     table = family.table(config)
     plain = names.write(unstack_layers(params), table, f"this {family.name} configuration")
-    disk = on_disk(family, table)
+    disk = on_disk(family, table, config)
     return {disk[name]: array for name, array in plain.items()}

