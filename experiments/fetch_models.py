@@ -200,7 +200,7 @@ def smollm2(scratch: Path) -> Path:
     for name, array in tensors.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             # GGUF interleaves the two halves of a head, which Hugging Face's rotation keeps apart.
-            pairs = array.reshape(-1, config.head_dim // 2, 2, config.hidden_size)
+            pairs = array.reshape(-1, config.head_size // 2, 2, config.hidden_size)
             tensors[name] = pairs.swapaxes(1, 2).reshape(array.shape)
     folder = scratch / "model"
     folder.mkdir()

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+_SENTENCES = (
+    "A film about a young boxer from Philadelphia.",
+    "How do I reset my password, and why does it expire every ninety days?",
+)
 KINDS = ("huggingface", "peft", "run")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -83,10 +87,10 @@ def inspect(given: str | os.PathLike[str]) -> dict[str, Any]:
             file = source.path / runs.FILE
             out["config"] = safetensors.read_metadata(file)
         else:
-            from pefusion_jax.interop import peft
+            from pefusion_jax.interop import peft, peft_config
 
             file = peft.weights_file(source.path)
-            out["config"] = peft.read_config(source.path)
+            out["config"] = peft_config.read_config(source.path)
         infos, files = safetensors.read_header(file), (file,)
         out["shapes"] = {name: list(info.shape) for name, info in infos.items()}
     elements = {name: int(np.prod(info.shape, dtype=np.int64)) for name, info in infos.items()}
@@ -103,7 +107,11 @@ def inspect(given: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class Plan(NamedTuple):
-    """What :func:`convert` writes, or would write."""
+    """What :func:`convert` writes, or would write.
+
+    ``difference``: with ``as_layer``, the largest absolute difference of outputs between the linearized model and what was
+    written, on a few sentences or on noise images; ``None`` where nothing is approximated or nothing was written.
+    """
 
     source: str
     kind: str
@@ -112,6 +120,7 @@ class Plan(NamedTuple):
     base: str | None
     dtype: str | None
     files: tuple[str, ...]
+    difference: float | None = None
 
 
 def convert(
@@ -170,13 +179,14 @@ def convert(
         raise FileExistsError(f"{out} is not empty; name another folder, or replace it with --overwrite")
     limit = saving.MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes
     names: tuple[str, ...]
+    difference = None
     if to == "huggingface":
         names = _to_huggingface(source, target_folder, base, dtype, limit, overwrite, dry_run, command)
     elif to == "peft":
-        names = _to_peft(source, target_folder, as_layer, target, overwrite, dry_run)
+        names, difference = _to_peft(source, target_folder, as_layer, target, overwrite, dry_run)
     else:
         names = _to_run(source, target_folder, base, overwrite, dry_run)
-    return Plan(os.fspath(given), source.kind, to, os.fspath(out), base, dtype, names)
+    return Plan(os.fspath(given), source.kind, to, os.fspath(out), base, dtype, names, difference)
 
 
 def _to_huggingface(
@@ -255,24 +265,47 @@ def _to_huggingface(
     return tuple(sorted(file.name for file in out.iterdir()))
 
 
-def _to_peft(source: Source, out: Path, as_layer: bool, target: str, overwrite: bool, dry_run: bool) -> tuple[str, ...]:
+def _to_peft(
+    source: Source, out: Path, as_layer: bool, target: str, overwrite: bool, dry_run: bool
+) -> tuple[tuple[str, ...], float | None]:
     from pefusion_jax import runs
     from pefusion_jax.interop import save_peft
 
-    if dry_run:
-        return ("README.md", "adapter_config.json", "adapter_model.safetensors")
     run = runs.load_run(source.path)
-    save_peft(
+    approximate = as_layer and run.spec["mode"] in ("network", "weight")
+    if dry_run and (approximate or run.spec["mode"] not in ("network", "weight")):
+        return ("README.md", "adapter_config.json", "adapter_model.safetensors"), None
+    done = save_peft(
         out,
         run.adapted,
         run.tree,
         params=run.params,
         base=str(run.spec["model"]),
         as_layer=as_layer,
+        inputs=_sample_inputs(str(run.spec["model"]), run.model) if approximate else None,
         target=target,
         overwrite=overwrite,
     )
-    return tuple(sorted(file.name for file in out.iterdir()))
+    return tuple(sorted(file.name for file in out.iterdir())), done.difference
+
+
+def _sample_inputs(name: str, model: Any) -> dict[str, Any] | None:
+    """Something to compare two versions of a model on: a few sentences where it has a tokenizer, noise where it sees images."""
+    from pefusion_jax.interop import load_tokenizer
+
+    size = getattr(model.config, "image_size", None)
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (2, getattr(model.config, "num_channels", 3), height, width)
+        return {"pixel_values": np.random.default_rng(0).normal(size=shape).astype(np.float32)}
+    try:
+        tokenizer = load_tokenizer(name)
+    except FileNotFoundError:
+        return None
+    encoded = tokenizer(
+        list(_SENTENCES), padding=bool(tokenizer.pad_token), truncation=True, max_length=12, return_tensors="np"
+    )
+    return {key: np.asarray(value, np.int32) for key, value in encoded.items() if key in ("input_ids", "attention_mask")}
 
 
 def _to_run(source: Source, out: Path, base: str | None, overwrite: bool, dry_run: bool) -> tuple[str, ...]:
@@ -285,14 +318,14 @@ def _to_run(source: Source, out: Path, base: str | None, overwrite: bool, dry_ru
     model, params = load_pretrained(name)
     adapted, adapters = load_peft(source.path, model, params)
     with files.new_folder(out, overwrite) as folder:
-        runs.save_run(folder, adapters, model=name, params=params, methods=adapted.methods, source=source.given)
+        runs.save_run(folder, adapters, model=name, params=params, methods=adapted.origin.methods, source=source.given)
     return tuple(sorted(file.name for file in out.iterdir()))
 
 
 def _base_of(folder: Path) -> str:
-    from pefusion_jax.interop import peft
+    from pefusion_jax.interop import peft_config
 
-    name = peft.read_config(folder).get("base_model_name_or_path")
+    name = peft_config.read_config(folder).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ValueError(f"{folder}/adapter_config.json does not say which model it is for; name it: --base MODEL")
     return name

@@ -99,6 +99,8 @@ def convert(given: Convert) -> None:
     else:
         did = "would write" if given.dry_run else "wrote"
         print(f"{plan.source} is a {plan.kind}; {did} {plan.out} as {plan.to}: {', '.join(plan.files)}")
+        if plan.difference is not None:
+            print(f"its outputs differ from the linearized model's by up to {plan.difference:.3g} on sample inputs")
 
 
 def inspect(given: Inspect) -> None:

@@ -20,23 +20,11 @@ import numpy as np
 
 from pefusion_jax.adapt import Adapted
 from pefusion_jax.deltas import Delta
+from pefusion_jax.search import Plan, beam_search, greedy
 
 __all__ = ["generate_tokens", "score_labels"]
 
 IGNORED = -100  # fills up the token ids of shorter labels
-_LOW = np.float32(-1e9)
-
-
-class _Plan(NamedTuple):
-    """What the compiled search depends on, besides the model and the shapes."""
-
-    new: int
-    beams: int
-    eos: tuple[int, ...]
-    pad: int
-    length_penalty: float
-    early_stopping: bool | str
-    start: int | None
 
 
 def generate_tokens(
@@ -94,7 +82,7 @@ def generate_tokens(
     if start is None:
         _require_left_padding(mask)
     pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0
-    plan = _Plan(max_new_tokens, num_beams, eos, int(pad), float(length_penalty), early_stopping, start)
+    plan = Plan(max_new_tokens, num_beams, eos, int(pad), float(length_penalty), early_stopping, start)
     return _generate(model, plan, params, adapters, ids, mask)
 
 
@@ -226,9 +214,7 @@ def _reader(model: Any, params: Any, adapters: Any, ids: jax.Array, mask: jax.Ar
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(
-    model: Any, plan: _Plan, params: Any, adapters: Any, ids: jax.Array, mask: jax.Array
-) -> jax.Array:
+def _generate(model: Any, plan: Plan, params: Any, adapters: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
     reader = _reader(model, params, adapters, ids, mask, plan.start)
 
     def following(state: Any, tokens: jax.Array, step: jax.Array, written: jax.Array) -> tuple[jax.Array, Any]:
@@ -238,113 +224,8 @@ def _generate(
             return logits[:, 0], state
         return jax.lax.dynamic_index_in_dim(reader.whole(written), step, axis=1, keepdims=False), state
 
-    search = _greedy if plan.beams == 1 else _beams
+    search = greedy if plan.beams == 1 else beam_search
     return search(plan, *reader.first(plan.new), following)
-
-
-def _is_end(plan: _Plan, tokens: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.logical_or, (tokens == token for token in plan.eos), jnp.zeros(tokens.shape, bool))
-
-
-def _greedy(plan: _Plan, logits: jax.Array, state: Any, following: Callable[..., Any]) -> jax.Array:
-    def choose(logits: jax.Array, step: Any, written: jax.Array, done: jax.Array) -> Any:
-        tokens = jnp.where(done, plan.pad, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        written = jax.lax.dynamic_update_slice_in_dim(written, tokens[:, None], step, axis=1)
-        return step + 1, tokens, written, done | _is_end(plan, tokens)
-
-    def body(carry: Any) -> Any:
-        step, tokens, written, done, state = carry
-        logits, state = following(state, tokens, step, written)
-        return *choose(logits, step, written, done), state
-
-    batch = logits.shape[0]
-    empty = jnp.full((batch, plan.new), plan.pad, jnp.int32)
-    begin = *choose(logits, jnp.int32(0), empty, jnp.zeros(batch, bool)), state
-    return jax.lax.while_loop(lambda carry: (carry[0] < plan.new) & ~jnp.all(carry[3]), body, begin)[2]
-
-
-class _Beams(NamedTuple):
-    """The state of a beam search: running sequences, the best finished ones, and who is done."""
-
-    step: jax.Array  # tokens that the running sequences have
-    running: jax.Array  # [batch, beams, new]
-    running_scores: jax.Array  # [batch, beams], best first
-    finished: jax.Array  # [batch, beams, new]
-    scores: jax.Array  # [batch, beams], best first, length penalty included
-    is_finished: jax.Array  # [batch, beams]: whether the place in ``finished`` is taken
-    improvable: jax.Array  # [batch, 1]: whether a running sequence may still overtake; once not, never again
-    ended: jax.Array  # [batch, candidates]: which of the last step's candidates are over
-    state: Any
-
-
-def _beams(plan: _Plan, logits: jax.Array, state: Any, following: Callable[..., Any]) -> jax.Array:
-    """Beam search as transformers does it, step by step, so that ties of rounding fall the same way."""
-    beams, new, vocab = plan.beams, plan.new, logits.shape[-1]
-    # Candidates of a step: so many that, if all the best ones end, enough others go on.
-    candidates = max(2, 1 + len(plan.eos)) * beams
-    if candidates > beams * vocab:
-        raise ValueError(f"num_beams={beams} is too many for a vocabulary of {vocab} tokens")
-    lengths = jnp.asarray([1.0, *(float(n) ** plan.length_penalty for n in range(1, new + 1))], jnp.float32)
-    early = plan.early_stopping is True
-
-    def gather(array: jax.Array, at: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(array, at.reshape(*at.shape, *(1,) * (array.ndim - 2)), axis=1)
-
-    def low(where: jax.Array) -> jax.Array:
-        return where.astype(jnp.float32) * _LOW
-
-    def advance(logits: jax.Array, at: _Beams) -> _Beams:
-        """One step, from the logits ``[batch, beams, vocab]`` of the running sequences."""
-        batch = logits.shape[0]
-        total = (jax.nn.log_softmax(logits, axis=-1) + at.running_scores[:, :, None]).reshape(batch, beams * vocab)
-        best, index = jax.lax.top_k(total, candidates)
-        tokens = (index % vocab).astype(jnp.int32)
-        found = gather(at.running, index // vocab)
-        found = jax.lax.dynamic_update_slice_in_dim(found, tokens[:, :, None], at.step, axis=2)
-        step = at.step + 1
-        ended = _is_end(plan, tokens) | (step >= new)
-        # Those that go on.
-        running_scores, go_on = jax.lax.top_k(best + low(ended), beams)
-        # Those that are over, against those that were before. Only the best ``beams`` candidates count.
-        over = ended & (jnp.arange(candidates) < beams)[None, :]
-        full = jnp.all(at.is_finished, axis=1, keepdims=True) & early
-        value = best / lengths[step] + low(full) + low(~at.improvable) + low(~over)
-        scores, stay = jax.lax.top_k(jnp.concatenate([at.scores, value], axis=1), beams)
-        finished = gather(jnp.concatenate([at.finished, found], axis=1), stay)
-        is_finished = gather(jnp.concatenate([at.is_finished, over], axis=1), stay)
-        hypothetical = lengths[new] if plan.early_stopping == "never" and plan.length_penalty > 0 else lengths[step]
-        worst = jnp.where(is_finished, jnp.min(scores, axis=1, keepdims=True), _LOW)
-        improvable = at.improvable & jnp.any(running_scores[:, :1] / hypothetical > worst, axis=1, keepdims=True)
-        parent = gather(index // vocab, go_on) + jnp.arange(batch, dtype=index.dtype)[:, None] * beams
-        state = jax.tree.map(lambda leaf: leaf[:, parent.reshape(-1)] if leaf.ndim > 1 else leaf, at.state)
-        running = gather(found, go_on)
-        return _Beams(step, running, running_scores, finished, scores, is_finished, improvable, ended, state)
-
-    def goes_on(at: _Beams) -> jax.Array:
-        return jnp.any(at.improvable) & ~(jnp.all(at.is_finished) & early) & ~jnp.all(at.ended)
-
-    def body(at: _Beams) -> _Beams:
-        written = at.running.reshape(-1, new)
-        last = jax.lax.dynamic_index_in_dim(written, at.step - 1, axis=1, keepdims=False)
-        logits, state = following(at.state, last, at.step, written)
-        return advance(logits.reshape(-1, beams, vocab), at._replace(state=state))
-
-    batch = logits.shape[0]
-    empty = jnp.full((batch, beams, new), plan.pad, jnp.int32)
-    unused = jnp.full((batch, beams), _LOW)
-    begin = _Beams(
-        step=jnp.int32(0),
-        running=empty,
-        running_scores=unused.at[:, 0].set(0.0),  # the beams are all alike in the beginning: only the first one counts
-        finished=empty,
-        scores=unused,
-        is_finished=jnp.zeros((batch, beams), bool),
-        improvable=jnp.ones((batch, 1), bool),
-        ended=jnp.zeros((batch, candidates), bool),
-        state=jax.tree.map(lambda leaf: jnp.repeat(leaf, beams, axis=1) if leaf.ndim > 1 else leaf, state),
-    )
-    begin = advance(jnp.repeat(logits[:, None], beams, axis=1), begin)
-    return jax.lax.while_loop(goes_on, body, begin).finished[:, 0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -360,18 +241,21 @@ def _score(
     labels: jax.Array,
 ) -> jax.Array:
     reader = _reader(model, params, adapters, ids, mask, start)
-    length = labels.shape[-1]
-    first, state = reader.first(length) if reader.following is not None else (None, None)
+    following = reader.following
+    if following is None:
+        predict = reader.whole
+    else:
+        first, state = reader.first(labels.shape[-1])
+
+        def predict(tokens: jax.Array) -> jax.Array:
+            if tokens.shape[1] == 1:
+                return first[:, None]
+            return jnp.concatenate([first[:, None], following(state, tokens[:, :-1], 0)[0]], axis=1)
 
     def one(label: jax.Array) -> jax.Array:
         """Scores of one candidate for each row, ``[batch, length] -> [batch]``."""
         tokens, real = jnp.maximum(label, 0), label >= 0
-        if reader.following is None:
-            logits = reader.whole(tokens)
-        elif length == 1:
-            logits = first[:, None]
-        else:
-            logits = jnp.concatenate([first[:, None], reader.following(state, tokens[:, :-1], 0)[0]], axis=1)
+        logits = predict(tokens)
         each = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, :, None], axis=2)[:, :, 0]
         total = jnp.sum(jnp.where(real, each, 0.0), axis=1)
         return total / jnp.sum(real, axis=1).astype(jnp.float32) if normalize else total

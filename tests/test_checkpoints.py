@@ -83,8 +83,9 @@ def test_network_linearized_runs_say_what_they_cannot_become(made, tmp_path, cap
     status, _, err = run_cli(capsys, "convert", made / "network", "--to", "peft", "--out", tmp_path / "out")
     assert status == 1 and "as_layer" in err
     assert not (tmp_path / "out").exists()
-    status, _, _ = run_cli(capsys, "convert", made / "network", "--to", "peft", "--as-layer", "--out", tmp_path / "out")
-    assert status == 0
+    status, out, _ = run_cli(capsys, "convert", made / "network", "--to", "peft", "--as-layer", "--out", tmp_path / "out")
+    assert status == 0 and "differ from the linearized model's by up to" in out
+    assert float(out.rpartition("up to ")[2].split()[0]) > 1e-3
     # The layer counterpart: the function of the layer run, which has the same displacement.
     run_cli(capsys, "convert", tmp_path / "out", "--to", "run", "--out", tmp_path / "run")
     want = of_run(made / "layer")

@@ -17,7 +17,7 @@ from pefusion_jax import generation
 from pefusion_jax.interop import load_pretrained
 
 sys.path.insert(0, str(Path(__file__).parent / "backbones"))
-import parity  # noqa: E402
+import parity
 
 SHAPE = dict(vocab_size=61, attn_implementation="eager", pad_token_id=3, eos_token_id=2)
 NEW = 64
@@ -121,7 +121,9 @@ def test_beams_find_what_is_likelier_than_greedy(load):
     model, params = load("qwen2")
 
     def likelihood(tokens):
-        scores = [pf.score_labels(model, params, {k: v[i : i + 1] for k, v in BATCH.items()}, [row]) for i, row in enumerate(tokens)]
+        scores = [
+            pf.score_labels(model, params, {k: v[i : i + 1] for k, v in BATCH.items()}, [row]) for i, row in enumerate(tokens)
+        ]
         return np.asarray(scores).reshape(-1)
 
     greedy, beams = (likelihood(generate(model, params, "qwen2", new=6, num_beams=n)) for n in (1, 5))

@@ -1,6 +1,6 @@
 """Flax Linen models of our own, with Hugging Face's parameter names."""
 
-from pefusion_jax.backbones import bert, clip, dinov2, llama, mpnet, roberta, t5, vit
+from pefusion_jax.backbones import bert, clip_files, dinov2, llama, mpnet, roberta, t5, vit
 from pefusion_jax.backbones.bert import Bert, BertConfig, BertOutput
 from pefusion_jax.backbones.clip import Clip, ClipConfig, ClipOutput, ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from pefusion_jax.backbones.clip_prompts import image_embeds_features, zero_shot_classifier
@@ -26,9 +26,9 @@ FAMILIES: tuple[Family, ...] = (
     vit.DEIT,
     dinov2.DINOV2,
     dinov2.DINOV2_REGISTERS,
-    clip.CLIP,
-    clip.CLIP_TEXT,
-    clip.CLIP_VISION,
+    clip_files.CLIP,
+    clip_files.CLIP_TEXT,
+    clip_files.CLIP_VISION,
 )
 
 __all__ = [

@@ -27,15 +27,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pefusion_jax.backbones import names, patches, vision
+from pefusion_jax.backbones import patches, vision
 from pefusion_jax.backbones.clip_configs import ClipConfig, ClipTextConfig, ClipVisionConfig
-from pefusion_jax.backbones.family import Family
 from pefusion_jax.backbones.layers import LayerNorm
 
 __all__ = [
-    "CLIP",
-    "CLIP_TEXT",
-    "CLIP_VISION",
     "Clip",
     "ClipConfig",
     "ClipOutput",
@@ -45,7 +41,6 @@ __all__ = [
     "ClipVision",
     "ClipVisionConfig",
     "ClipVisionOutput",
-    "name_table",
 ]
 
 
@@ -164,8 +159,8 @@ class ClipText(nn.Module):
         Raises:
           ValueError: if a shape is wrong or the sequence is longer than the position table.
         """
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
-        given = patches.arrays_of("ClipText", "input_ids", input_ids, given)
+        others = {"attention_mask": attention_mask, "position_ids": position_ids}
+        given = patches.arrays_of("ClipText", "input_ids", input_ids, others)
         ids, keep, positions = given["input_ids"], given["attention_mask"], given["position_ids"]
         self._check(ids, keep, positions)
         length = ids.shape[1]
@@ -298,8 +293,8 @@ class Clip(nn.Module):
         pixels, text = given.pop("pixel_values"), given
         if pixels is None and text["input_ids"] is None:
             raise ValueError("Clip needs pixel_values, input_ids or both")
-        settings = {"dtype": self.dtype, "scan_layers": self.scan_layers, "remat": self.remat}
-        flags = {"deterministic": deterministic, "output_hidden_states": output_hidden_states}
+        settings: dict[str, Any] = {"dtype": self.dtype, "scan_layers": self.scan_layers, "remat": self.remat}
+        flags: dict[str, Any] = {"deterministic": deterministic, "output_hidden_states": output_hidden_states}
         seen = read = image_embeds = text_embeds = logits = None
         # All parameters exist whichever input there is.
         initializing = self.is_initializing()
@@ -323,78 +318,3 @@ class Clip(nn.Module):
 def _unit(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     return x / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
-
-
-def text_table(config: ClipTextConfig) -> dict[str, names.Entry]:
-    """The table of canonical names of a text tower, in the loop layout."""
-    width = config.hidden_size
-    table = names.embedding("embeddings/token_embedding", "embeddings.token_embedding", config.vocab_size, width)
-    at = "embeddings/position_embedding"
-    table |= names.embedding(at, at.replace("/", "."), config.max_position_embeddings, width)
-    table |= vision.stack_table(config.stack, "encoder.layers")
-    table |= names.norm("final_layer_norm", "final_layer_norm", width)
-    if config.projection:
-        table |= names.linear("text_projection", "text_projection", width, config.projection_dim, bias=False)
-    return table
-
-
-def vision_table(config: ClipVisionConfig) -> dict[str, names.Entry]:
-    """The table of canonical names of an image tower, in the loop layout."""
-    width, (rows, columns) = config.hidden_size, patches.grid_of(config)
-    table = {"embeddings/class_embedding": names.Entry("embeddings.class_embedding", (width,))}
-    at = "embeddings/patch_embedding"
-    table |= names.conv(at, at.replace("/", "."), config.num_channels, width, config.patch_size, bias=False)
-    at = "embeddings/position_embedding"
-    table |= names.embedding(at, at.replace("/", "."), 1 + rows * columns, width)
-    for name in ("pre_layrnorm", "post_layernorm"):
-        table |= names.norm(name, name, width)
-    table |= vision.stack_table(config.stack, "encoder.layers")
-    if config.projection:
-        table |= names.linear("visual_projection", "visual_projection", width, config.projection_dim, bias=False)
-    return table
-
-
-def name_table(config: ClipConfig) -> dict[str, names.Entry]:
-    """The table of canonical names of both towers together, in the loop layout."""
-    table = {"logit_scale": names.Entry("logit_scale", ())}
-    for tower, rows in (("text_model", text_table(config.text)), ("vision_model", vision_table(config.vision))):
-        table |= {f"{tower}/{path}": entry._replace(name=f"{tower}.{entry.name}") for path, entry in rows.items()}
-    for name, width in (("text_projection", config.text.hidden_size), ("visual_projection", config.vision.hidden_size)):
-        table |= names.linear(name, name, width, config.projection_dim, bias=False)
-    return table
-
-
-CLIP = Family(
-    name="CLIP",
-    model_types=("clip",),
-    architectures=("CLIPModel",),
-    read_config=ClipConfig.from_dict,
-    write_config=ClipConfig.to_dict,
-    build=Clip,
-    table=name_table,
-    ignored=r"(text|vision)_model\.embeddings\.position_ids",
-)
-CLIP_TEXT = Family(
-    name="CLIP text",
-    model_types=("clip_text_model",),
-    architectures=("CLIPTextModel", "CLIPTextModelWithProjection"),
-    read_config=ClipTextConfig.from_dict,
-    write_config=ClipTextConfig.to_dict,
-    build=ClipText,
-    table=text_table,
-    prefix="text_model.",
-    heads=("text_projection.",),
-    ignored=r"embeddings\.position_ids",
-)
-CLIP_VISION = Family(
-    name="CLIP vision",
-    model_types=("clip_vision_model",),
-    architectures=("CLIPVisionModel", "CLIPVisionModelWithProjection"),
-    read_config=ClipVisionConfig.from_dict,
-    write_config=ClipVisionConfig.to_dict,
-    build=ClipVision,
-    table=vision_table,
-    prefix="vision_model.",
-    heads=("visual_projection.",),
-    ignored=r"embeddings\.position_ids",
-)

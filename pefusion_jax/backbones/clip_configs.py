@@ -148,7 +148,7 @@ class ClipConfig:
         """
         del tensors
         own = {"projection_dim", "logit_scale_init_value"}
-        towers = {"text": ClipTextConfig, "vision": ClipVisionConfig}
+        towers: dict[str, Any] = {"text": ClipTextConfig, "vision": ClipVisionConfig}
         nested = {f"{tower}_config{suffix}" for tower in towers for suffix in ("", "_dict")}
         configs.refuse_unknown(raw, "CLIP", own | nested, {"model_type": ("clip",), **vision.ONLY}, _HARMLESS)
         fields: dict[str, Any] = {key: raw[key] for key in own if raw.get(key) is not None}

@@ -51,14 +51,15 @@ def zero_shot_classifier(
         or batch_size < 1
     ):
         raise ValueError(
-            f"zero_shot_classifier needs [prompts, seq] for each class, with at least one prompt and one seq, and a mask of the "
-            f"same shapes; the shapes are {shapes!r:.300}, batch_size={batch_size}"
+            f"zero_shot_classifier needs [prompts, seq] for each class, with at least one prompt and one seq, and a mask of "
+            f"the same shapes; the shapes are {shapes!r:.300}, batch_size={batch_size}"
         )
     flat = {name: np.concatenate(value) for name, value in by_class.items()}
 
     @jax.jit
     def embed(params: Any, batch: dict[str, jax.Array]) -> Any:
-        return model.apply({"params": params}, batch).text_embeds
+        outputs: Any = model.apply({"params": params}, batch)
+        return outputs.text_embeds
 
     counts = [shape[0] for shape in given]
     rows = []

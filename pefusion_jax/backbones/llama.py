@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pefusion_jax.backbones import names
 from pefusion_jax.backbones.family import Family
@@ -71,7 +70,7 @@ class _Shared(NamedTuple):
     visible: jax.Array
     cos: jax.Array
     sin: jax.Array
-    index: jax.Array
+    start: jax.Array
 
 
 class _Part(nn.Module):
@@ -103,7 +102,7 @@ class _Attention(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, past: Past, shared: _Shared) -> tuple[jax.Array, Past]:
         config, (batch, seq, _) = self.config, x.shape
-        size, kv = config.head_dim, config.num_key_value_heads
+        size, kv = config.head_size, config.kv_heads
 
         def project(name: str, heads: int) -> jax.Array:
             y = self.dense(heads * size, name, bias=config.qkv_bias)(x)
@@ -118,8 +117,10 @@ class _Attention(_Part):
         new = _rotate(project("k_proj", kv), shared), project("v_proj", kv)
         key, value = new
         if past is not None:
-            start = (0, 0, shared.index, 0)
-            key, value = (jax.lax.dynamic_update_slice(old, y.astype(old.dtype), start) for old, y in zip(past, new, strict=True))
+            start = (0, 0, shared.start, 0)
+            key, value = (
+                jax.lax.dynamic_update_slice(old, y.astype(old.dtype), start) for old, y in zip(past, new, strict=True)
+            )
         key, value = tap("tap_key", key), tap("tap_value", value)
         visible = shared.visible
         prefix = key.shape[2] - visible.shape[2]
@@ -196,7 +197,7 @@ class Llama(nn.Module):
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for ``length`` positions: ``key`` and ``value [layers, batch, kv_heads, length, head_dim]``."""
         config = self.config
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        shape = (config.num_hidden_layers, batch, config.kv_heads, length, config.head_size)
         return {"key": jnp.zeros(shape, self.dtype), "value": jnp.zeros(shape, self.dtype), "index": jnp.zeros((), jnp.int32)}
 
     @nn.compact
@@ -241,7 +242,7 @@ class Llama(nn.Module):
         where = index + jnp.arange(ids.shape[1], dtype=jnp.int32)
         visible = (jnp.arange(length, dtype=jnp.int32)[None, :] <= where[:, None])[None]
         visible = visible if mask is None else visible & mask.astype(bool)[:, None, :]
-        cos, sin = config.rope.rotations(where[None, :] if positions is None else positions, config.head_dim)
+        cos, sin = config.rope.rotations(where[None, :] if positions is None else positions, config.head_size)
 
         parts = {"config": config, "dtype": self.dtype, "deterministic": deterministic}
         init = nn.initializers.normal(0.02)
@@ -304,8 +305,8 @@ class Llama(nn.Module):
             if set(cache) != {"key", "value", "index"} or cache["key"].shape[1] != batch:
                 found = {name: jnp.shape(leaf) for name, leaf in cache.items()}
                 raise ValueError(f"Llama: the cache must be of init_cache({batch}, length), not {found}")
-            length, filled = cache["key"].shape[3], cache["index"]
-            filled = 0 if isinstance(filled, jax.core.Tracer) else int(filled)
+            length, index = cache["key"].shape[3], cache["index"]
+            filled = 0 if isinstance(index, jax.core.Tracer) else int(index)
             if filled + ids.shape[1] > length:
                 raise ValueError(
                     f"Llama: {ids.shape[1]} more tokens do not fit into a cache of {length} positions that holds {filled}: "
@@ -321,7 +322,7 @@ class Llama(nn.Module):
 def name_table(config: LlamaConfig) -> dict[str, names.Entry]:
     """The table of canonical names of a configuration, in the loop layout."""
     width, hidden = config.hidden_size, config.intermediate_size
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    query, key = config.num_attention_heads * config.head_size, config.kv_heads * config.head_size
     table = names.embedding("embed_tokens", "embed_tokens", config.vocab_size, width)
     denses, norms = [], ["norm"]
     for layer in (f"layers.{layer}" for layer in range(config.num_hidden_layers)):

@@ -18,7 +18,9 @@ __all__ = ["LlamaConfig", "Rope"]
 _NAMES = {"llama": "Llama", "qwen2": "Qwen2"}
 _HEADS = {"causal": "ForCausalLM", "classes": "ForSequenceClassification", None: "Model"}
 # Fields that no field below has, which change nothing about the forward pass. The last three are in SmolLM2's file.
-_HARMLESS = frozenset("sliding_window max_window_layers layer_types pretraining_tp is_llama_config transformers.js_config".split())
+_HARMLESS = frozenset(
+    "sliding_window max_window_layers layer_types pretraining_tp is_llama_config transformers.js_config".split()
+)
 _ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
@@ -51,7 +53,9 @@ class Rope:
             if not getattr(self, name) > 0:
                 raise ValueError(f"Rope.{name} must be positive, not {getattr(self, name)!r}")
         if not self.high_freq_factor > self.low_freq_factor:
-            raise ValueError(f"Rope.high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}")
+            raise ValueError(
+                f"Rope.high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
+            )
         if self.rope_type == "llama3" and self.original_max_position_embeddings is None:
             raise ValueError("Rope.original_max_position_embeddings must be given for rope_type='llama3'")
 
@@ -64,7 +68,9 @@ class Rope:
         """
         forms = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
         if len(forms) > 1:
-            raise ValueError("this config.json has rope_parameters and rope_scaling: delete one of them from a copy of the file")
+            raise ValueError(
+                "this config.json has rope_parameters and rope_scaling: delete one of them from a copy of the file"
+            )
         given = raw[forms[0]] if forms else {}
         if not isinstance(given, Mapping):
             raise ValueError(f"{forms[0]} must be a mapping, not {str(given)[:80]!r}")
@@ -72,7 +78,9 @@ class Rope:
         kind = fields.pop("rope_type", fields.get("type", "default"))
         fields.pop("type", None)
         if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-            raise ValueError(f"{forms[0]}: rope_type={str(kind)[:40]!r} is not implemented; implemented: {', '.join(_ROPE_FIELDS)}")
+            raise ValueError(
+                f"{forms[0]}: rope_type={str(kind)[:40]!r} is not implemented; implemented: {', '.join(_ROPE_FIELDS)}"
+            )
         fields.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
         part = fields.pop("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
         if isinstance(part, bool) or part not in (1.0, None):
@@ -91,7 +99,9 @@ class Rope:
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians that each of the ``head_dim / 2`` pairs turns by in one position, float32 as in transformers."""
-        plain = (1.0 / np.float32(self.rope_theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
+        plain = (1.0 / np.float32(self.rope_theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(
+            np.float32
+        )
         slow = plain / np.float32(self.factor)
         if self.rope_type != "llama3":
             return slow  # the factor of the default type is 1
@@ -144,13 +154,13 @@ class LlamaConfig:
             raise ValueError(f"LlamaConfig: model_type={self.model_type[:40]!r}, head={self.head!r} is not implemented")
         if self.model_type == "qwen2" and (self.attention_bias or self.mlp_bias):
             raise ValueError("LlamaConfig: Qwen2 has biases on query, key and value only; attention_bias is Llama's")
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
             configs.require_multiple(self, "hidden_size", "num_attention_heads")
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        # Written out, so that equal models have equal configurations.
+        object.__setattr__(self, "num_key_value_heads", self.kv_heads)
+        object.__setattr__(self, "head_dim", self.head_size)
         configs.require_multiple(self, "num_attention_heads", "num_key_value_heads")
-        if self.head_dim % 2:
+        if self.head_size % 2:
             raise ValueError(f"LlamaConfig: head_dim={self.head_dim} must be even, its dimensions turn in pairs")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
@@ -162,6 +172,16 @@ class LlamaConfig:
             if name != "eos_token_id":
                 raise ValueError(f"LlamaConfig.{name} must be one token id, not {str(value)[:80]!r}")
             object.__setattr__(self, name, tuple(ids))
+
+    @property
+    def kv_heads(self) -> int:
+        """``num_key_value_heads``, by default as many as there are heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """``head_dim``, by default the heads' share of ``hidden_size``."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def qkv_bias(self) -> bool:

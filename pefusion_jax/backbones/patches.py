@@ -55,8 +55,8 @@ def plain_sizes(config: Any) -> dict[str, Any]:
 def resize_matrix(old: int, new: int, antialias: bool = False) -> np.ndarray:
     r"""The matrix ``[new, old]`` of torch's bicubic interpolation along one axis, with ``align_corners=False``.
 
-    Output :math:`i` lies at :math:`x = (i + \tfrac12)\,old/new - \tfrac12`. Without antialiasing its four neighbours, clamped to
-    the border, have the weights of Keys' kernel with :math:`a=-0.75`; with it the kernel has :math:`a=-0.5`, is stretched by
+    Output :math:`i` lies at :math:`x = (i + \tfrac12)\,old/new - \tfrac12`. Without antialiasing its four neighbours, clamped
+    to the border, have the weights of Keys' kernel with :math:`a=-0.75`; with it the kernel has :math:`a=-0.5`, is stretched by
     ``old/new`` when shrinking, and weights outside the border are dropped and the rest normalised. ``jax.image.resize`` knows
     only the latter.
 

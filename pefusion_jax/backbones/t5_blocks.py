@@ -240,7 +240,8 @@ class _LoopedBlocks(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, store: Store, *shared: Any) -> tuple[jax.Array, tuple[Hidden, Store]]:
         block = nn.remat(_Block) if self.remat else _Block
-        hidden, stores = [], []
+        hidden: list[Any] = []
+        stores: list[Store] = []
         for layer in range(self.layers):
             own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], store)
             x, (kept, own) = block(**self.parts(), keep=self.keep, name=str(layer))(x, own, *shared)
@@ -313,7 +314,7 @@ class Stack(_Part):
                 in_axes=(0, *(nn.broadcast,) * 4),
                 length=layers,
             )
-            blocks = scanned(**self.parts(), keep=self.keep, name="block")
+            blocks: nn.Module = scanned(**self.parts(), keep=self.keep, name="block")
         else:
             blocks = _LoopedBlocks(**self.parts(), keep=self.keep, remat=self.remat, layers=layers, name="block")
         x, (hidden, store) = blocks(x, store, allowed, relative, source, across)

@@ -3,7 +3,8 @@
 A block is ``x = x + s1 * Attention(LN(x)); x = x + s2 * FFN(LN(x))``; only DINOv2 has the learned scales ``s``. The three
 families differ in the names of its parts, which a :class:`Layout` holds:
 
-    ViT     {layernorm_before,layernorm_after} attention/{attention/{query,key,value},output/dense} intermediate/dense output/dense
+    ViT     {layernorm_before,layernorm_after} attention/{attention/{query,key,value},output/dense}
+            intermediate/dense output/dense
     DINOv2  {norm1,norm2} attention/{attention/{query,key,value},output/dense} mlp/{fc1,fc2} layer_scale{1,2}/lambda1
             or with SwiGLU mlp/{gate_proj,up_proj,down_proj}
     CLIP    {layer_norm1,layer_norm2} self_attn/{q_proj,k_proj,v_proj,out_proj} mlp/{fc1,fc2}
@@ -158,9 +159,11 @@ class _Mlp(_Part):
 
 
 class _LayerScale(_Part):
+    initial: float
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.constant(self.stack.layer_scale)
+        init = nn.initializers.constant(self.initial)
         scale = self.param("lambda1", init, (self.stack.width,), jnp.float32)
         return x * scale.astype(self.dtype)[None, None, :]
 
@@ -190,7 +193,7 @@ class _Block(_Part):
 
     def branch(self, y: jax.Array, scale: str) -> jax.Array:
         if self.stack.layer_scale is not None:
-            y = _LayerScale(**self.parts(), name=scale)(y)
+            y = _LayerScale(**self.parts(), initial=self.stack.layer_scale, name=scale)(y)
         return self.dropout(self.dropout(y, self.stack.residual_dropout), self.stack.drop_path, per_example=True)
 
 
@@ -209,7 +212,7 @@ class _LoopedBlocks(_Part):
 
 
 class Encoder(_Part):
-    """A stack of blocks under the node ``node``: ``(x [batch, seq, d], mask [batch or 1, seq, seq]) -> (x, every block's x)``."""
+    """A stack of blocks under ``node``: ``(x [batch, seq, d], mask [batch or 1, seq, seq]) -> (x, every block's or None)``."""
 
     node: str
     keep: bool

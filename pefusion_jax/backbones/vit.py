@@ -4,7 +4,8 @@ Parameter paths are the names on disk with ``/`` for ``.``, without the prefix `
 the same under transformers 4 and 5, although version 5 uses others in memory (``layers.N.attention.q_proj``; see
 ``Family.modules``)::
 
-    embeddings/{cls_token, distillation_token (DeiT), position_embeddings}   embeddings/patch_embeddings/projection/{kernel,bias}
+    embeddings/{cls_token, distillation_token (DeiT), position_embeddings}
+    embeddings/patch_embeddings/projection/{kernel,bias}
     encoder/layer/N/attention/{attention/{query,key,value},output/dense}/{kernel,bias}
     encoder/layer/N/{intermediate,output}/dense/{kernel,bias}
     encoder/layer/N/{layernorm_before,layernorm_after}/{scale,bias}
@@ -238,7 +239,7 @@ class Vit(nn.Module):
         last = LayerNorm(epsilon=config.layer_norm_eps, dtype=self.dtype, name="layernorm")(last)
 
         def classify(token: int, name: str) -> jax.Array:
-            return nn.Dense(config.labels, dtype=self.dtype, name=name, kernel_init=vision.INIT)(last[:, token])
+            return nn.Dense(config.labels or 0, dtype=self.dtype, name=name, kernel_init=vision.INIT)(last[:, token])
 
         logits = cls_logits = distillation_logits = None
         if config.teacher:

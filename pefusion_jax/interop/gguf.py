@@ -6,6 +6,7 @@ as Q4_0, Q4_1 or Q8_0.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import struct
@@ -105,8 +106,12 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, G
             found = f"{list(shape)} as {kind.name} at {offset}"
             raise WeightFileError(path, "is there twice, cut off or of a wrong shape", tensor=name[:80], found=found)
         blocks = data[start + offset : start + offset + size].reshape(-1, kind.size)
-        tensors[name] = GgufTensor(shape, kind.name, lambda b=blocks, k=kind, s=shape: k.values(np.asarray(b)).reshape(s))
+        tensors[name] = GgufTensor(shape, kind.name, functools.partial(_read, blocks, kind, shape))
     return metadata, tensors
+
+
+def _read(blocks: np.ndarray, kind: _Kind, shape: tuple[int, ...]) -> np.ndarray:
+    return kind.values(np.asarray(blocks)).reshape(shape)
 
 
 class _Cursor:

@@ -183,7 +183,7 @@ def validate(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not problems and kind == "LORA" and config["init_lora_weights"] not in _PLAIN_STARTS:
         problems.append(
             f"init_lora_weights={_short(config['init_lora_weights'])} changed the base weights when training began, and the "
-            "adapter is relative to those: save it with peft's path_initial_model_for_weight_conversion, which makes a plain LoRA"
+            "adapter is relative to those: save it with peft's path_initial_model_for_weight_conversion, as a plain LoRA"
         )
     for name in ("modules_to_save", "layers_pattern"):
         entries = config[name] if isinstance(config[name], list) else [config[name] or "x"]

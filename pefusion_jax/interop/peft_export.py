@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +18,12 @@ from pefusion_jax.deltas import Delta, LowRank, dense, fold, weighted_sum
 from pefusion_jax.interop import peft_config
 from pefusion_jax.interop.card import model_card
 from pefusion_jax.interop.peft import PREFIX, WEIGHTS
-from pefusion_jax.interop.peft_names import Module, Parameters, column, containers, default_prefix, modules_of, scanned
+from pefusion_jax.interop.peft_names import Parameters, column, default_prefix, modules_of
+from pefusion_jax.interop.peft_rows import MERGED, Site, described, fits, rows_of, whole_parameters
 from pefusion_jax.interop.safetensors import save_safetensors
 from pefusion_jax.interop.saving import family_of_model
 from pefusion_jax.linearize import linearize
 from pefusion_jax.methods import FullFineTuning, LoRA
-
-_MERGED = "write the merged model instead: save_pretrained(FOLDER, model, pf.fold(params, adapted.deltas(params, adapters)))"
-# Layers of heads that a model of transformers may have and ours does not: targets that we write must not select them.
-_FOREIGN = """classifier classifier.dense classifier.out_proj score lm_head lm_head.dense lm_head.decoder qa_outputs pre_classifier
-pooler.dense cls.predictions.transform.dense cls.predictions.decoder cls.seq_relationship head vocab_projector""".split()
 
 
 class PeftExport(NamedTuple):
@@ -45,32 +39,6 @@ class PeftExport(NamedTuple):
     config: dict[str, Any]
     modules: tuple[str, ...]
     difference: float | None
-
-
-class _Site(NamedTuple):
-    """A LoRA in the layout of the parameters: factors, scale, and alpha where PEFT can express the scale by it."""
-
-    a: jax.Array
-    b: jax.Array
-    scale: float
-    stabilized: bool
-    dropout: float
-
-
-class _Row(NamedTuple):
-    """A LoRA of one PEFT module, in PEFT's layout."""
-
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-    stabilized: bool
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    def alpha(self, stabilized: bool) -> float:
-        return self.scale * (math.sqrt(self.rank) if stabilized else self.rank)
 
 
 def save_peft(
@@ -118,7 +86,7 @@ def save_peft(
     """
     origin = adapted.origin
     if origin is None:
-        raise ValueError(f"this model does not know its methods, so that no PEFT adapter describes it; {_MERGED}")
+        raise ValueError(f"this model does not know its methods, so that no PEFT adapter describes it; {MERGED}")
     family = family_of_model(origin.model)
     config = origin.model.config
     where = Parameters(params, family, config)
@@ -135,19 +103,19 @@ def save_peft(
     read = _from_delta if isinstance(tree, Delta) else _from_tree
     sites, changes = read(adapted, origin, params, tree)
     named = column(family, modules, target, default_prefix(family, config) if prefix is None else prefix).modules
-    rows = _rows(named, sites, where.stacked)
+    rows = rows_of(named, sites, where.stacked)
     tied = {name.rpartition(".")[0] for name in family.copies(config).values() if name.endswith(".weight")}
     for name in rows:
         if any(module.name in tied for module in named[name]):
-            raise ValueError(f"{name} shares its weight with another layer, which peft would leave unadapted; {_MERGED}")
+            raise ValueError(f"{name} shares its weight with another layer, which peft would leave unadapted; {MERGED}")
     if not rows:
-        raise ValueError(f"there is no LoRA to be written, and PEFT has no adapter without one; {_MERGED}")
-    tensors, extra = _beside(named, rows, changes, where, tied)
+        raise ValueError(f"there is no LoRA to be written, and PEFT has no adapter without one; {MERGED}")
+    tensors, extra = whole_parameters(named, rows, changes, where, tied)
 
-    described = _described(rows, named)
-    stabilized = described["use_rslora"]
+    fields = described(rows, named)
+    stabilized = fields["use_rslora"]
     for name, row in rows.items():
-        b = row.b if _fits(row.alpha(stabilized)) else row.b * np.float32(row.scale)
+        b = row.b if fits(row.alpha(stabilized)) else row.b * np.float32(row.scale)
         kind = named[name][0].kind
         suffix = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{name}.{suffix[0]}": row.a, f"{name}.{suffix[1]}": b}
@@ -159,7 +127,7 @@ def save_peft(
             raise ValueError(f"{name} is not finite in {jnp.dtype(dtype)}; write it as bfloat16 or float32")
     written = peft_config.complete(
         "LORA",
-        described
+        fields
         | extra
         | {"task_type": task_type, "revision": revision, "base_model_name_or_path": os.fspath(base)}
         | {"lora_dropout": Counter(site.dropout for site in sites.values()).most_common(1)[0][0]},
@@ -185,7 +153,7 @@ def save_peft(
 
 def _from_tree(
     adapted: Adapted, origin: Origin, params: Mapping[str, Any], tree: Any
-) -> tuple[dict[str, _Site], dict[str, jax.Array]]:
+) -> tuple[dict[str, Site], dict[str, jax.Array]]:
     """LoRA sites and dense changes, by stored path, from adapters or a displacement."""
     if origin.mode is None:
         parts: tuple[Any, ...] = (tree,)
@@ -204,9 +172,9 @@ def _from_tree(
 
     expand = adapted.expand if origin.plain is None else origin.plain.expand
     if expand is None:
-        raise ValueError(f"this model cannot be visited site by site; {_MERGED}")
+        raise ValueError(f"this model cannot be visited site by site; {MERGED}")
     expand.changes(params, parts, visit)
-    sites: dict[str, _Site] = {}
+    sites: dict[str, Site] = {}
     changes: dict[str, jax.Array] = {}
     for rule, site, leaves in found:
         if isinstance(rule, LoRA):
@@ -215,11 +183,11 @@ def _from_tree(
             total = leaves[0] if len(leaves) == 1 else jax.tree.map(jnp.add, *leaves)
             changes |= {f"{site}/{rule.owns(name)}" if site else rule.owns(name): leaf for name, leaf in total.items()}
         else:
-            raise ValueError(f"{type(rule).__name__} (at {site}) is not written as a PEFT adapter yet; {_MERGED}")
+            raise ValueError(f"{type(rule).__name__} (at {site}) is not written as a PEFT adapter yet; {MERGED}")
     return sites, changes
 
 
-def _lora(rule: LoRA, site: str, leaves: Any, mode: str | None) -> _Site:
+def _lora(rule: LoRA, site: str, leaves: Any, mode: str | None) -> Site:
     """The plain LoRA that a site amounts to."""
     a, b = leaves[0]["lora_a"], leaves[0]["lora_b"]
     scale = rule.scale(site, a.shape[-1])
@@ -231,20 +199,20 @@ def _lora(rule: LoRA, site: str, leaves: Any, mode: str | None) -> _Site:
             a, b = jnp.concatenate([a, a_step], -1), jnp.concatenate([b + b_step, b], -2)
         else:
             b = b_step
-    return _Site(a, b, scale, rule.rank_stabilized, rule.dropout)
+    return Site(a, b, scale, rule.rank_stabilized, rule.dropout)
 
 
 def _from_delta(
     adapted: Adapted, origin: Origin, params: Mapping[str, Any], delta: Delta
-) -> tuple[dict[str, _Site], dict[str, jax.Array]]:
+) -> tuple[dict[str, Site], dict[str, jax.Array]]:
     """LoRA sites and dense vectors from a weight-space change, relative to the base parameters."""
     if origin.plain is not None:
         delta = _total(origin.plain, params, origin.adapters0, delta)
-    sites: dict[str, _Site] = {}
+    sites: dict[str, Site] = {}
     changes: dict[str, jax.Array] = {}
     for path, leaf in delta.leaves.items():
         if isinstance(leaf, LowRank) and leaf.axes is None:
-            sites[path.rpartition("/")[0]] = _Site(leaf.a, leaf.b, 1.0, False, 0.0)
+            sites[path.rpartition("/")[0]] = Site(leaf.a, leaf.b, 1.0, False, 0.0)
         elif path.rpartition("/")[2] in ("bias", "scale"):
             changes[path] = dense(leaf)
         else:
@@ -262,165 +230,6 @@ def _total(plain: Adapted, params: Mapping[str, Any], adapters0: Any, delta: Del
     moved = {path: leaf for path, leaf in start.items() if bool(jnp.any(leaf.b if isinstance(leaf, LowRank) else leaf))}
     both = {path: weighted_sum([leaf, delta.leaves[path]], (1.0, 1.0)) for path, leaf in moved.items() if path in delta.leaves}
     return Delta({**moved, **delta.leaves, **both})
-
-
-def _rows(named: Mapping[str, tuple[Module, ...]], sites: Mapping[str, _Site], stacked: bool) -> dict[str, _Row]:
-    """The sites by PEFT's names and in PEFT's layout: layers apart, fused modules together."""
-    rows, used = {}, set()
-    for name, modules in named.items():
-        parts = []
-        for module in modules:
-            stored, layer = scanned(module.path) if stacked else (module.path, None)
-            site = sites.get(stored)
-            if site is None or module.kind == "other":
-                parts.append(None)
-                continue
-            used.add(stored)
-            a, b = (np.asarray(leaf, np.float32) for leaf in (site.a, site.b))
-            parts.append(_row(module, site, *((a, b) if layer is None else (a[layer], b[layer])), padded=layer is not None))
-        if any(part is not None for part in parts):
-            rows[name] = _fused(modules, parts)
-    unknown = sorted(set(sites) - used)
-    if unknown:
-        raise ValueError(f"{unknown[0]} is no layer that Hugging Face's model has, so that PEFT cannot name it; {_MERGED}")
-    return rows
-
-
-def _row(module: Module, site: _Site, a: np.ndarray, b: np.ndarray, padded: bool) -> _Row | None:
-    rank = a.shape[-1]
-    a, b = a.reshape(-1, rank), b.reshape(rank, -1)
-    if padded:  # layers of other ranks are padded with zeros where layers are stacked
-        kept = a.any(0) | b.any(1)
-        if not kept.any():
-            return None
-        a, b, rank = a[:, kept], b[kept], int(kept.sum())
-    if module.kind == "conv":
-        *window, channels, outputs = module.shape
-        a_out = a.reshape(*window, channels, rank).transpose(3, 2, 0, 1)
-        return _Row(a_out, b.T.reshape(outputs, rank, 1, 1), site.scale, site.stabilized)
-    return _Row(a.T, b.T, site.scale, site.stabilized)
-
-
-def _fused(modules: tuple[Module, ...], parts: list[_Row | None]) -> _Row | None:
-    """One LoRA for modules that are one layer in files: their outputs side by side, B block-diagonal."""
-    if len(parts) == 1:
-        return parts[0]
-    present = [part for part in parts if part is not None]
-    same = all(part.scale == present[0].scale and np.array_equal(part.a, present[0].a) for part in present)
-    if same and len(present) == len(parts):
-        return present[0]._replace(b=np.concatenate([part.b for part in present], 0))
-    outputs = modules[0].shape[-1]
-    b = np.zeros((outputs * len(parts), sum(part.rank for part in present)), np.float32)
-    column = 0
-    for i, part in enumerate(parts):
-        if part is not None:
-            b[i * outputs : (i + 1) * outputs, column : column + part.rank] = part.b * np.float32(part.scale)
-            column += part.rank
-    return _Row(np.concatenate([part.a for part in present], 0), b, 1.0, False)
-
-
-def _fits(alpha: float) -> bool:
-    """Whether PEFT's integer field can hold it."""
-    return abs(alpha) < 2**53 and abs(alpha - round(alpha)) < 1e-9 * max(1.0, abs(alpha))
-
-
-def _described(rows: Mapping[str, _Row], named: Mapping[str, tuple[Module, ...]]) -> dict[str, Any]:
-    """Ranks, alphas and targets as fields of the configuration. What alpha cannot express goes into B, at a scale of 1."""
-    stabilized = all(row.stabilized and _fits(row.alpha(True)) for row in rows.values())
-    ranks = {name: row.rank for name, row in rows.items()}
-    alphas = {name: round(row.alpha(stabilized)) if _fits(row.alpha(stabilized)) else row.rank for name, row in rows.items()}
-    rank, alpha = _usual(ranks.values()), _usual(alphas.values())
-
-    def escaped(name: str) -> str:
-        return name.replace(".", "\\.")
-
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": stabilized,
-        "rank_pattern": {escaped(name): value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {escaped(name): value for name, value in alphas.items() if value != alpha},
-        "target_modules": _targets(set(rows), named),
-    }
-
-
-def _usual(values: Iterable[int]) -> int:
-    counts = Counter(values)
-    return max(counts, key=lambda value: (counts[value], -value))
-
-
-def _targets(chosen: set[str], named: Mapping[str, tuple[Module, ...]]) -> list[str]:
-    """The shortest ends of names that select these modules and no other; full names where there are none."""
-    others = (set(named) | containers(named) | set(_FOREIGN)) - chosen
-    avoid = {name[i:] for name in others for i in _starts(name)}
-    out = set()
-    for name in chosen:
-        ends = [name[i:] for i in reversed(_starts(name))]
-        out.add(next((end for end in ends if not end.split(".")[0].isdigit() and end not in avoid), name))
-    return sorted(out)
-
-
-def _starts(name: str) -> list[int]:
-    return [0, *(i + 1 for i, character in enumerate(name) if character == ".")]
-
-
-def _beside(
-    named: Mapping[str, tuple[Module, ...]],
-    rows: Mapping[str, _Row],
-    changes: Mapping[str, jax.Array],
-    base: Parameters,
-    tied: set[str],
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Whole parameters that moved, as PEFT stores them: as biases where these are all, else by whole modules."""
-    moved: dict[str, np.ndarray] = {}
-    unknown = set(changes)
-    for modules in named.values():
-        for module in modules:
-            for path in module.weights.values():
-                stored, layer = scanned(path) if base.stacked else (path, None)
-                if stored in changes:
-                    unknown.discard(stored)
-                    change = np.asarray(changes[stored] if layer is None else changes[stored][layer], np.float32)
-                    if change.any():
-                        moved[path] = change
-    if unknown:
-        raise ValueError(f"{min(unknown)} is no parameter that Hugging Face's model has; {_MERGED}")
-    if not moved:
-        return {}, {"bias": "none", "modules_to_save": None}
-
-    def value(name: str, parameter: str) -> np.ndarray:
-        arrays = []
-        for module in named[name]:
-            path = module.weights[parameter]
-            array = np.asarray(base[path]) + moved.get(path, np.float32(0))
-            axes = {"linear": (1, 0), "conv": (3, 2, 0, 1)}.get(module.kind) if parameter == "weight" else None
-            arrays.append(array if axes is None else array.transpose(axes))
-        return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
-
-    of_lora = {m.weights["bias"] for name in rows for m in named[name] if "bias" in m.weights}
-    only_biases = all(path.rpartition("/")[2] == "bias" for path in moved)
-    tensors = {f"{name}.base_layer.bias": value(name, "bias") for name in rows if "bias" in named[name][0].weights}
-    if moved.keys() <= of_lora:
-        return tensors, {"bias": "lora_only", "modules_to_save": None}
-    if only_biases:
-        tensors |= {f"{n}.bias": value(n, "bias") for n, m in named.items() if n not in rows and "bias" in m[0].weights}
-        return tensors, {"bias": "all", "modules_to_save": None}
-    saved, inner = [], containers(named)
-    for name, modules in named.items():
-        touched = [path for module in modules for path in module.weights.values() if path in moved and path not in of_lora]
-        if not touched:
-            continue
-        if name in rows:
-            raise ValueError(f"{touched[0]} moved beside a LoRA on the same layer, which PEFT cannot store; {_MERGED}")
-        if name in inner or not modules[0].weights.keys() <= {"weight", "bias"} or any(m.name in tied for m in modules):
-            raise ValueError(f"{touched[0]} is no module of its own, or is shared, so that PEFT cannot store it; {_MERGED}")
-        saved.append(name)
-    whole = {f"{name}.{parameter}": value(name, parameter) for name in saved for parameter in named[name][0].weights}
-    with_biases = bool(moved.keys() & of_lora)
-    return (tensors if with_biases else {}) | whole, {
-        "bias": "lora_only" if with_biases else "none",
-        "modules_to_save": sorted(saved),
-    }
 
 
 def _difference(adapted: Adapted, params: Mapping[str, Any], tree: Any, inputs: Mapping[str, Any]) -> float:

@@ -122,14 +122,20 @@ def test_the_model_s_own_size_needs_no_resizing(folder):
 @pytest.mark.parametrize(("old", "new"), [(37, 7), (37, 16), (4, 9), (5, 5), (3, 1), (1, 4), (2, 3)])
 def test_bicubic_weights_are_torch_s(old, new, antialias):
     want = torch.nn.functional.interpolate(
-        torch.eye(old)[:, None, :, None].repeat(1, 1, 1, 2), size=(new, 2), mode="bicubic", align_corners=False, antialias=antialias
+        torch.eye(old)[:, None, :, None].repeat(1, 1, 1, 2),
+        size=(new, 2),
+        mode="bicubic",
+        align_corners=False,
+        antialias=antialias,
     )[:, 0, :, 0]
     # The second axis keeps its size, so its weights are the identity.
     np.testing.assert_allclose(patches.resize_matrix(old, new, antialias).T, want.numpy(), atol=2e-6)
 
 
 def test_loop_scan_and_remat_are_one_model(folder):
-    check_layouts(folder("deit teacher"), images("deit teacher"), lambda out: jnp.sum(jnp.sin(out.logits)) + out.hidden_states[1].sum())
+    check_layouts(
+        folder("deit teacher"), images("deit teacher"), lambda out: jnp.sum(jnp.sin(out.logits)) + out.hidden_states[1].sum()
+    )
 
 
 def test_gradients_are_torch_s(folder):
@@ -182,7 +188,9 @@ def test_taps_stand_where_they_say(folder):
     own, x = params["encoder"]["layer"]["1"], got.hidden_states[1]
     linear = lambda p, y: y @ p["kernel"] + p["bias"][None, None]  # noqa: E731
     y = x + linear(own["attention"]["output"]["dense"], at["attention/attention/tap_context"])
-    np.testing.assert_allclose(at["output/tap_output"], linear(own["output"]["dense"], at["intermediate/tap_hidden"]), atol=1e-5)
+    np.testing.assert_allclose(
+        at["output/tap_output"], linear(own["output"]["dense"], at["intermediate/tap_hidden"]), atol=1e-5
+    )
     np.testing.assert_allclose(at["tap_block"], y + at["output/tap_output"], atol=1e-5)
 
 

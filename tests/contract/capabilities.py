@@ -94,7 +94,7 @@ def generate(name: str) -> bool:
     made = families.family(name)
     if not made.row.generates:
         return False
-    inputs = {key: made.row.inputs[key] for key in ("input_ids", "attention_mask")}
+    inputs = {"input_ids": families.IDS, "attention_mask": families.MASK if name == "T5" else families.LEFT}
     with torch.no_grad():
         tensors = {key: torch.tensor(value) for key, value in inputs.items()}
         want = made.reference.generate(**tensors, max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0).numpy()
@@ -123,10 +123,10 @@ def peft_in(name: str) -> bool:
     import peft
 
     made = families.family(name)
-    reference = type(made.reference).from_pretrained(made.folder)
-    wrapped = peft.get_peft_model(
-        reference, peft.LoraConfig(r=2, lora_alpha=5, target_modules=list(made.row.their_targets), init_lora_weights=False)
-    ).eval()
+    config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=list(made.row.their_targets), init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute that it renamed
+        wrapped = peft.get_peft_model(type(made.reference).from_pretrained(made.folder), config).eval()
     with tempfile.TemporaryDirectory() as root:
         wrapped.save_pretrained(root)
         adapted, adapters = load_peft(root, made.model, made.params)

@@ -150,7 +150,7 @@ ROWS = [
     Row(
         "Llama",
         lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
-        {"input_ids": IDS, "attention_mask": LEFT},
+        {"input_ids": IDS},
         r".*/(q_proj|v_proj)",
         ("q_proj", "v_proj"),
         "logits",
@@ -159,7 +159,7 @@ ROWS = [
     Row(
         "Qwen2",
         lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**DECODER, tie_word_embeddings=True)),
-        {"input_ids": IDS, "attention_mask": LEFT},
+        {"input_ids": IDS},
         r".*/(q_proj|v_proj)",
         ("q_proj", "v_proj"),
         "logits",

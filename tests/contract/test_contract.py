@@ -264,10 +264,10 @@ def test_eight_devices_equal_one_and_only_adapters_cross_the_wire(loop, mode):
         state = parallel.replicate(init_state(trained, SGD, 0), devices, copy=True)
         arguments = (state, *parallel.replicate((loop.params, held, {}), devices))
         placed = parallel.place_batch(batch, "pmap", devices)
+        compiled = step.lower(*arguments, placed).compile()
         if len(devices) == 8:
-            compiled = step.lower(*arguments, placed).compile()
             assert parallel.allreduce_elements(compiled) == trees.size(trained) + 3  # loss, weights, number of examples
-        states.append(jax.device_get(step(*arguments, placed)[0].adapters))
+        states.append(jax.device_get(compiled(*arguments, placed)[0].adapters))
     for path, leaf in trees.paths(states[0]).items():
         assert_close(leaf, trees.paths(states[1])[path], 1e-5)
         assert np.any(leaf != trees.paths(trained)[path]), path

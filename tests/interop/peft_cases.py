@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import pefusion_jax as pf
+from pefusion_jax import trees
 from pefusion_jax.interop import save_safetensors
 
 ROOT = pathlib.Path(tempfile.mkdtemp(prefix="pefusion-peft-"))
@@ -166,3 +167,24 @@ def write(folder, config, tensors, name="adapter_model.safetensors"):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_safetensors(folder / name, tensors)
     return folder
+
+
+def load_back(folder, home):
+    """peft's own reading, which must not say anything about keys, with every B in use."""
+    with quiet() as said:
+        model = peft.PeftModel.from_pretrained(home.hf(), folder).eval()
+    about_keys = [
+        str(w.message) for w in said if any(word in str(w.message).lower() for word in ("key", "missing", "unexpected"))
+    ]
+    assert about_keys == []
+    factors = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+    assert factors and all(bool(p.any()) for p in factors)
+    return model
+
+
+def assert_same(ours, theirs, atol=0.0):
+    """Two trees with the same leaves."""
+    ours, theirs = trees.paths(ours), trees.paths(theirs)
+    assert ours.keys() == theirs.keys()
+    for path, leaf in theirs.items():
+        np.testing.assert_allclose(ours[path], leaf, atol=atol, rtol=0, err_msg=path)

@@ -15,11 +15,13 @@ from pefusion_jax.interop.peft_config import FIELDS
 CONFIGS, HEADERS, SLOW_SECONDS = 3500, 2500, 8.0
 
 JUNK = [
-    None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**400, 1e300, -0.5, "", "x", "LORA", "none", "all", "query", "../../x", "\x00",
-    "é" * 40, [], [[]], ["query"], ["query", 1], [None], {}, {"query": 3}, {"query": "x"}, {"a": {"b": {"c": []}}}, {"": 1},
-    "(a|a)*b", "(.*)*query", "(.+.+.+.+)+$", "(?!(?!(?!x)))", "[", "\\", "(?P<n>.)(?P=n)", "(" * 30, "a{1000000000}", "(a{999}){999}{9}",
-    ".*" * 1500, "|" * 4000, "(.*a){40}", {"(.*)*x": 2, "(x|x)*y": 2}, {f".*{i}.*": i for i in range(300)}, [f"m{i}" for i in range(3000)],
-    {"(" * i: 1 for i in range(10)}, "all-linear", ["dense", "key"], {r".*\.query": 3}, {"layer.0.attention.self.key": 2},
+    None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**400, 1e300, -0.5, "", "x", "LORA", "none", "all", "query", "../../x",
+    "\x00", "é" * 40, [], [[]], ["query"], ["query", 1], [None], {}, {"query": 3}, {"query": "x"}, {"a": {"b": {"c": []}}},
+    {"": 1},
+    "(a|a)*b", "(.*)*query", "(.+.+.+.+)+$", "(?!(?!(?!x)))", "[", "\\", "(?P<n>.)(?P=n)", "(" * 30, "a{1000000000}",
+    "(a{999}){999}{9}", ".*" * 1500, "|" * 4000, "(.*a){40}", {"(.*)*x": 2, "(x|x)*y": 2}, {f".*{i}.*": i for i in range(300)},
+    [f"m{i}" for i in range(3000)], {"(" * i: 1 for i in range(10)}, "all-linear", ["dense", "key"],
+    {r".*\.query": 3}, {"layer.0.attention.self.key": 2},
 ]  # fmt: skip
 
 
@@ -70,15 +72,19 @@ def damaged_weights(rng, whole):
         if not isinstance(entry, dict) or kind == 0:
             header[rng.choice(["x", "../../x", "base_model.model.", "base_model.model.a.lora_A.weight", ""])] = entry or {}
         elif kind == 1:
-            entry["shape"] = rng.choice([[], [2], [16, 2], [32], [1, 32], [2, 16, 1], [2**40, 2**40], [-2, -16], ["2", 16], None])
+            entry["shape"] = rng.choice(
+                [[], [2], [16, 2], [32], [1, 32], [2, 16, 1], [2**40, 2**40], [-2, -16], ["2", 16], None]
+            )
         elif kind == 2:
             entry["dtype"] = rng.choice(["F64", "I32", "BF16", "F16", "BOOL", "U8", "F128", None, 3, "C64", "F8_E4M3"])
         elif kind == 3:
             entry["data_offsets"] = rng.choice([[0, 0], [0, 128], [128, 0], [-1, 127], [0, 2**63], ["0", 128], None, [0]])
         elif kind == 4:
-            header[name.replace(rng.choice(["lora_A", "query", "layer", ".weight", "0", "base_model."]), rng.choice(["", "x", "lora_B"]))] = (
-                header.pop(name)
-            )
+            header[
+                name.replace(
+                    rng.choice(["lora_A", "query", "layer", ".weight", "0", "base_model."]), rng.choice(["", "x", "lora_B"])
+                )
+            ] = header.pop(name)
         elif kind == 5:
             del header[name]
         elif kind == 6:
