@@ -120,7 +120,7 @@ def read_peft(
     config = peft_config.read_config(folder)
     family = family_of_model(model)
     base = Parameters(params, family, model.config)
-    path = _file(folder)
+    path = weights_file(folder)
     tensors = load_safetensors(path)
     check_finite(tensors, path)
     try:
@@ -130,7 +130,12 @@ def read_peft(
         raise ValueError(f"{folder}: {error}") from error
 
 
-def _file(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path:
+    """The safetensors file of an adapter's folder.
+
+    Raises:
+      FileNotFoundError: if there is none, naming the pickles that are there instead.
+    """
     for name in (WEIGHTS, LINEARIZED):
         if (folder / name).is_file():
             return folder / name
