@@ -310,15 +310,15 @@ def _sample_inputs(name: str, model: Any) -> dict[str, Any] | None:
 
 def _to_run(source: Source, out: Path, base: str | None, overwrite: bool, dry_run: bool) -> tuple[str, ...]:
     from pefusion_jax import files, load_pretrained, runs
-    from pefusion_jax.interop import load_peft
+    from pefusion_jax.interop.peft import read_peft
 
     if dry_run:
         return (runs.FILE, "config.json")
     name = base or _base_of(source.path)
     model, params = load_pretrained(name)
-    adapted, adapters = load_peft(source.path, model, params)
+    adapter = read_peft(source.path, model, params)
     with files.new_folder(out, overwrite) as folder:
-        runs.save_run(folder, adapters, model=name, params=params, methods=adapted.origin.methods, source=source.given)
+        runs.save_run(folder, adapter.adapters, model=name, params=params, methods=adapter.methods, source=source.given)
     return tuple(sorted(file.name for file in out.iterdir()))
 
 

@@ -33,7 +33,15 @@ LABELS = [[5, 6, 7], [8], [9, 10], [5, 6, 8]]
 def tiny(kind):
     if kind == "t5":
         config = transformers.T5Config(
-            **SHAPE, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, decoder_start_token_id=1, dropout_rate=0.0
+            **SHAPE,
+            d_model=24,
+            d_kv=6,
+            d_ff=40,
+            num_layers=1,
+            num_heads=4,
+            decoder_start_token_id=1,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
         )
         model = parity.randomize(transformers.T5ForConditionalGeneration(config), 2)
     else:
@@ -41,12 +49,12 @@ def tiny(kind):
         config = getattr(transformers, f"{family}Config")(
             **SHAPE,
             hidden_size=24,
-            num_hidden_layers=2,
+            num_hidden_layers=1 if kind == "llama" else 2,
             num_attention_heads=4,
             num_key_value_heads=2,
             intermediate_size=40,
             max_position_embeddings=128,
-            tie_word_embeddings=kind == "llama",
+            tie_word_embeddings=kind == "qwen2",
         )
         model = parity.randomize(getattr(transformers, f"{family}ForCausalLM")(config), 1)
     model.generation_config.eos_token_id = None  # what a test does not ask for must not come from here
@@ -90,29 +98,26 @@ def ends_of(kind):
 def test_greedy_search_is_that_of_transformers_for_64_tokens(kind, load):
     model, params = load(kind)
     np.testing.assert_array_equal(generate(model, params, kind), theirs(kind))
-    ends = ends_of(kind)
-    for eos in (ends[0], ends):
-        want = theirs(kind, eos=eos)
-        assert (want[0, 3:] == 3).all() and (want != 3).all(axis=1).sum() < 4  # the first row ends after three tokens
-        np.testing.assert_array_equal(generate(model, params, kind, eos=eos), want)
+    want = theirs(kind, eos=ends_of(kind))
+    assert (want[0, 3:] == 3).all() and (want[0, :3] != 3).all()  # the first row ends after three tokens
+    np.testing.assert_array_equal(generate(model, params, kind, eos=ends_of(kind)), want)
 
 
 @pytest.mark.parametrize(
-    ("beams", "length_penalty", "early_stopping"), [(4, 1.0, False), (3, 0.0, True), (2, -1.0, "never"), (5, 2.0, "never")]
+    ("beams", "length_penalty", "early_stopping", "ends"),
+    [(4, 1.0, False, 1), (3, 0.0, True, 2), (2, -1.0, "never", 1), (5, 2.0, "never", 2)],
 )
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_beam_search_is_that_of_transformers(kind, beams, length_penalty, early_stopping, load):
+def test_beam_search_is_that_of_transformers(kind, beams, length_penalty, early_stopping, ends, load):
     model, params = load(kind)
-    options = dict(num_beams=beams, length_penalty=length_penalty, early_stopping=early_stopping, new=24)
-    for eos in (ends_of(kind)[0], ends_of(kind)):
-        np.testing.assert_array_equal(
-            generate(model, params, kind, eos=eos, **options), theirs(kind, eos=eos, **options), err_msg=str(eos)
-        )
+    options = dict(num_beams=beams, length_penalty=length_penalty, early_stopping=early_stopping)
+    options |= dict(new=24, eos=ends_of(kind)[:ends])
+    np.testing.assert_array_equal(generate(model, params, kind, **options), theirs(kind, **options))
 
 
 def test_beam_search_without_an_end_and_one_token(load):
     model, params = load("llama")
-    for options in (dict(num_beams=3, new=12), dict(num_beams=3, new=1), dict(new=1)):
+    for options in (dict(num_beams=3, new=12), dict(num_beams=3, new=1)):
         np.testing.assert_array_equal(generate(model, params, "llama", **options), theirs("llama", **options))
 
 
@@ -120,24 +125,19 @@ def test_beams_find_what_is_likelier_than_greedy(load):
     """The definition, not another implementation: the sum of log-probabilities of the whole sequence."""
     model, params = load("qwen2")
 
-    def likelihood(tokens):
-        scores = [
-            pf.score_labels(model, params, {k: v[i : i + 1] for k, v in BATCH.items()}, [row]) for i, row in enumerate(tokens)
-        ]
-        return np.asarray(scores).reshape(-1)
+    def likelihood(tokens):  # each row its own continuation
+        return pf.score_labels(model, params, BATCH, tokens[:, None])[:, 0]
 
     greedy, beams = (likelihood(generate(model, params, "qwen2", new=6, num_beams=n)) for n in (1, 5))
     assert (beams >= greedy - 1e-4).all() and (beams > greedy + 1e-3).any()
 
 
-@pytest.mark.parametrize("options", [dict(scan_layers=True), dict(scan_layers=True, remat=True), dict(remat=True)])
-@pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_loop_scan_and_remat_write_the_same(kind, options, load):
-    model, params = load(kind, **options)
+@pytest.mark.parametrize("kind", ["qwen2", "t5"])
+def test_scanned_and_rematerialised_layers_write_the_same(kind, load):
+    model, params = load(kind, scan_layers=True, remat=True)
     np.testing.assert_array_equal(generate(model, params, kind), theirs(kind))
-    if "remat" not in options:
-        beams = dict(num_beams=3, new=10, eos=ends_of(kind)[0])
-        np.testing.assert_array_equal(generate(model, params, kind, **beams), theirs(kind, **beams))
+    beams = dict(num_beams=3, new=10, eos=ends_of(kind))
+    np.testing.assert_array_equal(generate(model, params, kind, **beams), theirs(kind, **beams))
 
 
 def adapted(kind, load, targets):
@@ -163,47 +163,42 @@ def test_adapted_models_write_what_folded_ones_do(kind, load):
     np.testing.assert_array_equal(generate(lora, params, kind, adapters=phi), plain)  # B is zero
     np.testing.assert_array_equal(generate(lora, params, kind, adapters=moved), folded)
     np.testing.assert_array_equal(generate(lora, params, kind, adapters=delta), folded)
-    beams = dict(num_beams=3, new=8)
-    np.testing.assert_array_equal(
-        generate(lora, params, kind, adapters=moved, **beams), generate(model, pf.fold(params, delta), kind, **beams)
-    )
 
 
-@pytest.mark.parametrize("mode", ["network", "layer", "weight"])
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize(("kind", "mode"), [("llama", "network"), ("llama", "layer"), ("llama", "weight"), ("t5", "network")])
 def test_linearized_models_write_what_their_forward_pass_says(kind, mode, load):
     model, params, lora, phi, moved = adapted(kind, load, TARGETS[kind])
     linear = pf.linearize(lora, phi, mode=mode)
     assert (linear.pushforward is None) == (mode == "layer")
     zero = jax.tree.map(jnp.zeros_like, phi)
-    plain = generate(model, params, kind, new=8)
+    plain = theirs(kind, new=8)
     np.testing.assert_array_equal(generate(linear, params, kind, adapters=zero, new=8), plain)
     tau = jax.tree.map(jnp.subtract, moved, phi)
-    for tree in (tau, linear.deltas(params, tau)) if mode != "weight" else (tau,):
+    for tree in (tau, linear.deltas(params, tau)) if mode == "network" else (tau,):
         got = generate(linear, params, kind, adapters=tree, new=8)
-        assert (got != plain).any()
+        assert (got != plain).any(axis=1).all()
         forward = linear.apply_deltas if isinstance(tree, pf.Delta) else linear.apply
-        np.testing.assert_array_equal(got, stepwise(functools.partial(forward, params, tree), kind, 8))
-    beams = dict(num_beams=3, new=5)
-    np.testing.assert_array_equal(
-        generate(linear, params, kind, adapters=zero, **beams), generate(model, params, kind, **beams)
-    )
+        np.testing.assert_array_equal(got[2:], stepwise(functools.partial(forward, params, tree), kind, 8))
+
+
+def test_linearized_beams_start_from_those_of_the_model(load):
+    _, params, lora, phi, _ = adapted("llama", load, TARGETS["llama"])
+    options = dict(num_beams=3, new=5, eos=ends_of("llama"))
+    got = generate(pf.linearize(lora, phi), params, "llama", adapters=jax.tree.map(jnp.zeros_like, phi), **options)
+    np.testing.assert_array_equal(got, theirs("llama", **options))
 
 
 def stepwise(forward, kind, new):
-    """Greedy search without any cache and one row at a time, on inputs without padding."""
+    """Greedy search over the last two rows, which have no padding, by whole forward passes without any cache."""
     run = jax.jit(lambda **inputs: forward(**inputs).logits)
-    written = np.zeros((len(IDS), new), np.int32)
-    for row in range(len(IDS)):
-        ids = IDS[row][MASK[row] == 1][None]
-        for step in range(new):
-            # Tokens to come fill up to one shape; nothing sees them.
-            if kind == "t5":
-                target = np.concatenate([[1], written[row, :-1]])[None].astype(np.int32)
-                logits = run(input_ids=ids, decoder_input_ids=target)[0, step]
-            else:
-                logits = run(input_ids=np.concatenate([ids, written[row][None]], axis=1))[0, ids.shape[1] + step - 1]
-            written[row, step] = int(jnp.argmax(logits))
+    ids, written = IDS[2:], np.zeros((2, new), np.int32)
+    for step in range(new):  # tokens to come are there already, as zeros; nothing sees them
+        if kind == "t5":
+            target = np.concatenate([np.ones((2, 1), np.int32), written[:, :-1]], axis=1)
+            logits = run(input_ids=ids, decoder_input_ids=target)[:, step]
+        else:
+            logits = run(input_ids=np.concatenate([ids, written], axis=1))[:, ids.shape[1] + step - 1]
+        written[:, step] = jnp.argmax(logits, axis=-1)
     return written
 
 
@@ -257,7 +252,7 @@ def by_hand(kind, labels):
     return out
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_score_labels_is_the_log_likelihood(kind, load):
     model, params = load(kind)
     start = {"decoder_start_token_id": 1} if kind == "t5" else {}
@@ -306,9 +301,9 @@ def test_score_labels_has_gradients(load):
         tree = jax.tree.map(lambda a, d: a + scale * d, moved, direction)
         return jnp.sum(pf.score_labels(lora, params, BATCH, np.array([[5, 6], [8, -100]]), adapters=tree))
 
-    step = 1e-2
+    step = 3e-3
     fd = (8 * (total(step) - total(-step)) - (total(2 * step) - total(-2 * step))) / (12 * step)
-    assert math.isclose(float(jax.grad(total)(0.0)), float(fd), rel_tol=5e-3)
+    assert math.isclose(float(jax.jit(jax.grad(total))(0.0)), float(fd), rel_tol=1e-3)
 
 
 @pytest.mark.parametrize(

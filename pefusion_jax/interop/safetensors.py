@@ -152,20 +152,25 @@ def iter_safetensors(
                     remedy="check that the file belongs to this model",
                 )
         for name in wanted:
-            yield name, _read(file, path, name, infos[name])
+            yield name, _read(file, path, name, infos[name], aligned(infos[name].nbytes))
 
 
 def read_concurrently(
-    path: str | os.PathLike[str], names: Iterable[str], use: Callable[[str, np.ndarray, Path], None], threads: int | None = None
+    path: str | os.PathLike[str],
+    names: Iterable[str],
+    use: Callable[[str, np.ndarray, Path], None],
+    keep: Callable[[str], bool] = lambda name: True,
+    threads: int | None = None,
 ) -> None:
     """Calls ``use(name, array, path)`` for each tensor from a few threads, in the order of the file as far as possible.
 
-    The tensors in flight are together at most as large as the largest of them.
+    Beside the arrays that are kept, no more memory is taken than the largest tensor needs.
 
     Args:
       path: the file.
       names: the tensors wanted.
       use: called once for each; the first error ends the reading and is raised.
+      keep: whether ``use`` keeps the array; the memory of others is used again when ``use`` returns.
       threads: at most 4, and no more than there are processors, if not given.
 
     Raises:
@@ -175,25 +180,26 @@ def read_concurrently(
     with _open(path) as file:
         infos, _ = _parse(file, path, MAX_HEADER_BYTES)
         wanted = sorted(names, key=lambda name: infos[name].offset)
-        budget = max((infos[name].nbytes for name in wanted), default=0)
-        free, condition, failed = budget, threading.Condition(), threading.Event()
+        scratch = _Scratch(max((infos[name].nbytes for name in wanted), default=0))
+        failed = threading.Event()
 
         def one(name: str) -> None:
-            nonlocal free
+            if failed.is_set():
+                return
             info = infos[name]
-            with condition:
-                condition.wait_for(lambda: free >= info.nbytes or failed.is_set())
-                free -= info.nbytes
+            buffer = None
             try:
-                if not failed.is_set():
-                    use(name, _read(file, path, name, info), path)
+                if keep(name):
+                    use(name, _read(file, path, name, info, aligned(info.nbytes)), path)
+                else:
+                    buffer = scratch.take(info.nbytes)
+                    use(name, _read(file, path, name, info, buffer[: info.nbytes]), path)
             except BaseException:
                 failed.set()
                 raise
             finally:
-                with condition:
-                    free += info.nbytes
-                    condition.notify_all()
+                if buffer is not None:
+                    scratch.give(buffer)
 
         with concurrent.futures.ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
             tasks = [pool.submit(one, name) for name in wanted]
@@ -201,9 +207,40 @@ def read_concurrently(
             task.result()
 
 
-def _read(file: io.BufferedReader, path: str | os.PathLike[str], name: str, info: TensorInfo) -> np.ndarray:
-    """One tensor of a file that is open and whose header was validated; several threads may do so at a time."""
-    buffer = aligned(info.nbytes)
+class _Scratch:
+    """Buffers that several threads take and give back, together no larger than a budget.
+
+    A page that is written for the first time costs more than copying into it, so buffers are used again.
+    """
+
+    def __init__(self, budget: int):
+        self._budget, self._total = budget, 0
+        self._free: list[np.ndarray] = []
+        self._changed = threading.Condition()
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """A buffer of at least so many bytes, at most the budget; waits until there is room for one."""
+        with self._changed:
+            while True:
+                fitting = [i for i, buffer in enumerate(self._free) if buffer.size >= nbytes]
+                if fitting:
+                    return self._free.pop(min(fitting, key=lambda i: self._free[i].size))
+                while self._free and self._total + nbytes > self._budget:
+                    self._total -= self._free.pop().size
+                if self._total + nbytes <= self._budget:
+                    self._total += nbytes
+                    return aligned(nbytes)
+                self._changed.wait()
+
+    def give(self, buffer: np.ndarray) -> None:
+        """Takes a buffer back."""
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+
+def _read(file: io.BufferedReader, path: str | os.PathLike[str], name: str, info: TensorInfo, buffer: np.ndarray) -> np.ndarray:
+    """One tensor of an open file whose header was validated, into a buffer; several threads may do so at a time."""
     done = 0
     while done < info.nbytes:
         got = os.preadv(file.fileno(), [buffer.data[done : done + _READ_BYTES]], info.offset + done)

