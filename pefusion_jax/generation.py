@@ -124,7 +124,8 @@ def score_labels(
         _require_left_padding(mask)
     if labels_at_once is not None and labels_at_once < 1:
         raise ValueError(f"labels_at_once must be a positive integer, not {labels_at_once!r}")
-    return _score(model, start, length_normalize, labels_at_once, params, adapters, ids, mask, labels)
+    scores = _score(model, start, labels_at_once, params, adapters, ids, mask, labels)
+    return scores / jnp.sum(labels >= 0, axis=-1).astype(scores.dtype) if length_normalize else scores
 
 
 class _Reader(NamedTuple):
@@ -228,11 +229,10 @@ def _generate(model: Any, plan: Plan, params: Any, adapters: Any, ids: jax.Array
     return search(plan, *reader.first(plan.new), following)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(
     model: Any,
     start: int | None,
-    normalize: bool,
     at_once: int | None,
     params: Any,
     adapters: Any,
@@ -257,8 +257,7 @@ def _score(
         tokens, real = jnp.maximum(label, 0), label >= 0
         logits = predict(tokens)
         each = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, :, None], axis=2)[:, :, 0]
-        total = jnp.sum(jnp.where(real, each, 0.0), axis=1)
-        return total / jnp.sum(real, axis=1).astype(jnp.float32) if normalize else total
+        return jnp.sum(jnp.where(real, each, 0.0), axis=1)
 
     return jax.lax.map(one, labels.swapaxes(0, 1), batch_size=at_once or labels.shape[1]).T
 

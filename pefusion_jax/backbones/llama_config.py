@@ -50,8 +50,8 @@ class Rope:
             known = ", ".join(_ROPE_FIELDS)
             raise ValueError(f"Rope.rope_type={self.rope_type[:40]!r} is not implemented; implemented: {known}")
         for name in ("rope_theta", "factor", "low_freq_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Rope.{name} must be positive, not {getattr(self, name)!r}")
+            if not 1e-3 <= getattr(self, name) <= 1e15:
+                raise ValueError(f"Rope.{name} must be positive, from 0.001 to 1e15, not {getattr(self, name)!r}")
         if not self.high_freq_factor > self.low_freq_factor:
             raise ValueError(
                 f"Rope.high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
@@ -233,8 +233,8 @@ class LlamaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The dictionary of a ``config.json`` from which transformers builds the same model."""
         raw = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("rope", "head")}
-        dropped = ("attention_bias", "mlp_bias") if self.model_type == "qwen2" else ()
-        dropped += () if self.head == "classes" else ("num_labels",)
+        dropped = {"attention_bias", "mlp_bias"} if self.model_type == "qwen2" else set()
+        dropped |= set() if self.head == "classes" else {"num_labels"}
         raw = {key: list(value) if isinstance(value, tuple) else value for key, value in raw.items() if key not in dropped}
         return raw | self.rope.to_dict() | {"architectures": [_NAMES[self.model_type] + _HEADS[self.head]]}
 

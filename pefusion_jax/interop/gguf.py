@@ -102,7 +102,7 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, G
                 path, "is of a kind that is not implemented", tensor=name[:80], expected=known, found=str(code)
             )
         size = math.prod(shape) // kind.block * kind.size
-        if name in tensors or (shape and shape[-1] % kind.block) or start + offset + size > len(data):
+        if name in tensors or (shape or (1,))[-1] % kind.block or start + offset + size > len(data):
             found = f"{list(shape)} as {kind.name} at {offset}"
             raise WeightFileError(path, "is there twice, cut off or of a wrong shape", tensor=name[:80], found=found)
         blocks = data[start + offset : start + offset + size].reshape(-1, kind.size)
