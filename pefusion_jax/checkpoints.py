@@ -319,8 +319,8 @@ def _to_run(source: Source, out: Path, base: str | None, overwrite: bool, dry_ru
     adapter = read_peft(source.path, model, params)
     if adapter.heads:
         raise ValueError(
-            f"{source.given} also holds a head that {name} does not have: {', '.join(adapter.heads)}. A run cannot keep it; use "
-            "--base with a model that has this head, or interop.read_peft, which gives it as .heads"
+            f"{source.given} also holds a head that {name} does not have: {', '.join(adapter.heads)}. A run cannot keep it: "
+            "use --base with a model that has this head, or interop.read_peft, which gives it as .heads"
         )
     with files.new_folder(out, overwrite) as folder:
         runs.save_run(folder, adapter.adapters, model=name, params=params, methods=adapter.methods, source=source.given)

@@ -39,6 +39,8 @@ def _is_end(plan: Plan, tokens: jax.Array) -> jax.Array:
 
 
 def greedy(plan: Plan, logits: jax.Array, state: Any, following: Following) -> jax.Array:
+    """The most likely token at each step, ``[batch, plan.new]``, from the logits ``[batch, vocab]`` of the first one on."""
+
     def choose(logits: jax.Array, step: Any, written: jax.Array, done: jax.Array) -> Any:
         tokens = jnp.where(done, plan.pad, jnp.argmax(logits, axis=-1).astype(jnp.int32))
         written = jax.lax.dynamic_update_slice_in_dim(written, tokens[:, None], step, axis=1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pefusion_jax.interop import hub
-from pefusion_jax.interop.safetensors import decode_json
+from pefusion_jax.interop.headers import decode_json
 
 PROCESSOR = "preprocessor_config.json"
 _MAX_CONFIG_BYTES = 2**20

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from pefusion_jax import files
-from pefusion_jax.interop.safetensors import WeightFileError, decode_json
+from pefusion_jax.interop.headers import WeightFileError, decode_json
 
 NAME = "manifest.json"
 FORMAT = "pefusion-manifest-1"

@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pefusion_jax.interop.headers import decode_json
 from pefusion_jax.interop.patterns import Budget, Pattern
 from pefusion_jax.interop.peft_names import Column, containers
-from pefusion_jax.interop.safetensors import decode_json
 
 CONFIG = "adapter_config.json"
 PEFT_VERSION = "0.21.2"

@@ -19,7 +19,7 @@ from pefusion_jax.backbones import FAMILIES, Family, stack_layers
 from pefusion_jax.backbones.family import canonical, require_equal
 from pefusion_jax.backbones.names import Report, Table, compare, parameter_shape, require_fit
 from pefusion_jax.interop import hub
-from pefusion_jax.interop.safetensors import WeightFileError, decode_json
+from pefusion_jax.interop.headers import WeightFileError, decode_json
 from pefusion_jax.interop.weights import Place, Weights, contained, open_weights, place_parameters, placing
 
 MAX_CONFIG_BYTES = 2**20

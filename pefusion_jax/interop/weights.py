@@ -27,17 +27,10 @@ import numpy as np
 from pefusion_jax import trees
 from pefusion_jax.backbones import names
 from pefusion_jax.backbones.layers import STACKS
+from pefusion_jax.interop.headers import TensorInfo, WeightFileError, decode_json
 from pefusion_jax.interop.hub import INDEX, WEIGHTS
-from pefusion_jax.interop.safetensors import (
-    TensorInfo,
-    WeightFileError,
-    aligned,
-    check_finite,
-    decode_json,
-    iter_safetensors,
-    read_concurrently,
-    read_header,
-)
+from pefusion_jax.interop.safetensors import aligned, check_finite, iter_safetensors, read_header
+from pefusion_jax.interop.streaming import read_concurrently
 
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_SHARDS = 10_000

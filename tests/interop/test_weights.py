@@ -221,7 +221,6 @@ def test_loading_is_silent(made):
         load_pretrained(made / "shards", scan_layers=True)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from the process status of Linux")
 @pytest.mark.parametrize("options", ["", "dtype='bfloat16'"])
 def test_peak_memory_is_the_model_and_one_tensor(options, made, tmp_path):
     """A process loads 384 MB in many tensors of 16 MB or less; its peak grows by the model and the largest tensor."""
