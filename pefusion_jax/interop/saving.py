@@ -113,7 +113,7 @@ def _planned(
     """The dictionary of config.json, the tensors by their names in the file, and their kinds."""
     family = family_of_model(model)
     table = family.table(model.config)
-    names = on_disk(family, table)
+    names = on_disk(family, table, model.config)
     rows = {names[name]: row for name, row in pending(unstack_layers(params), table, f"this {family.name} model").items()}
     kinds = {name: (np.dtype(dtype) if dtype is not None else row.dtype, row.shape) for name, row in rows.items()}
     for name, (kind, _) in kinds.items():
