@@ -35,6 +35,10 @@ from pefusion_jax.interop.headers import (
 )
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Private memory, and on Linux all of its pages at once: one by one, at their first use, they cost twice as much.
+_PRIVATE: dict[str, int] = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)} if hasattr(mmap, "MAP_PRIVATE") else {}
+)
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 
@@ -263,7 +267,7 @@ def aligned(nbytes: int, alignment: int = 64) -> np.ndarray:
     and reading tensor by tensor would hold several.
     """
     if nbytes >= 2**20:
-        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+        return np.frombuffer(mmap.mmap(-1, nbytes, **_PRIVATE), np.uint8)
     buffer = np.empty(nbytes + alignment, np.uint8)
     start = -buffer.ctypes.data % alignment
     return buffer[start : start + nbytes]

@@ -34,7 +34,7 @@ from pefusion_jax.interop.streaming import read_concurrently
 
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_SHARDS = 10_000
-_BLOCK = 64
+_BLOCK = 16
 _PARTIAL = "the folder is incomplete or was edited: fetch or save the model again"
 
 Place = Callable[[str, np.ndarray], jax.Array]
