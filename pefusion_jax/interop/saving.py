@@ -19,6 +19,7 @@ from pefusion_jax.backbones.family import on_disk
 from pefusion_jax.backbones.names import Pending, pending
 from pefusion_jax.interop import manifest
 from pefusion_jax.interop.hub import CONFIG, INDEX, WEIGHTS
+from pefusion_jax.interop.pretrained import read_config
 from pefusion_jax.interop.safetensors import write_safetensors
 from pefusion_jax.interop.weights import write_index
 
@@ -77,7 +78,7 @@ def save_pretrained(
       params: its parameters, in the loop or the scan layout, for example ``pf.fold(params, delta)``.
       dtype: of the file, such as ``"bfloat16"``; that of the parameters if not given.
       max_shard_bytes: where one file would become larger, shards and an index are written.
-      like: a model's folder from which tokenizer and processor files are copied.
+      like: a model's folder from which tokenizer and processor files are copied, and the names of classes.
       card: text of a README.md, see ``card.model_card``.
       inputs: what the model was made from, for the manifest: ``{name: manifest.describe_input(source, folder)}``.
       settings: resolved configuration, for the manifest.
@@ -97,6 +98,8 @@ def save_pretrained(
             raise ValueError(f"{name} is not finite in {kinds[name][0]}; write it as bfloat16 or float32")
         return array
 
+    if like is not None:
+        raw |= _class_names(Path(like), raw.get("num_labels"))
     with files.new_folder(folder, overwrite) as made:
         _write_weights(made, kinds, make, max_shard_bytes)
         files.write_atomically(made / CONFIG, (json.dumps(raw, indent=2, sort_keys=True) + "\n").encode())
@@ -132,6 +135,15 @@ def planned_files(
     companions = [name for name in _COMPANIONS if (Path(like) / name).is_file()]
     index = [INDEX] if len(shards) > 1 else []
     return tuple(sorted([*shards, *index, CONFIG, "README.md", manifest.NAME, *companions]))
+
+
+def _class_names(source: Path, count: Any) -> dict[str, Any]:
+    """``id2label`` and ``label2id`` of a folder's ``config.json``, if they are for so many classes."""
+    if count is None or not (source / CONFIG).is_file():
+        return {}
+    raw = read_config(source)
+    found = {key: raw[key] for key in ("id2label", "label2id") if isinstance(raw.get(key), dict) and len(raw[key]) == count}
+    return found if "id2label" in found else {}
 
 
 def copy_companions(source: Path, folder: Path) -> list[str]:

@@ -145,6 +145,20 @@ def test_the_card_is_front_matter_and_tables(merged):
     assert "# x # y" in hostile and "a'b" in hostile and hostile.count("```") == 2
 
 
+def test_names_of_classes_are_kept(tmp_path):
+    labels = {0: "cat", 1: "dog", 2: "owl"}
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4, id2label=labels,
+        label2id={name: index for index, name in labels.items()},
+    )  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "theirs")
+    model, params = load_pretrained(tmp_path / "theirs")
+    save_pretrained(tmp_path / "ours", model, params, like=tmp_path / "theirs")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").id2label == labels
+    save_pretrained(tmp_path / "alone", model, params)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "alone").num_labels == 3
+
+
 def test_scanned_parameters_are_written_as_layers(tiny, tmp_path):
     model, params = tiny
     save_pretrained(tmp_path / "loop", model, params)
