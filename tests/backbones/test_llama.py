@@ -11,6 +11,7 @@ import parity
 import pytest
 import torch
 import transformers
+from real_models import fetched
 
 import pefusion_jax as pf
 from pefusion_jax import trees
@@ -466,7 +467,7 @@ def test_configurations_of_qwen2_that_are_refused(change, message):
 
 def test_real_weights_agree_with_transformers_and_write_the_same_text():
     """Three prompts, padded on the left: the logits of every position, then 64 tokens each."""
-    tokenizer = pf.load_tokenizer(SMOL)
+    tokenizer = pf.load_tokenizer(fetched(SMOL))
     tokenizer.padding_side = "left"
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Name three colours."}], tokenize=False, add_generation_prompt=True
