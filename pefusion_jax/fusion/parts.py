@@ -4,10 +4,10 @@ A fusion method takes task trees stacked on a leading axis (every leaf ``[task, 
 (every leaf ``[...]``). It is a chain of parts, the way an optax optimizer is a chain of gradient
 transformations:
 
-* *sparsify* zeroes entries of each task (:func:`trim`), stacked tree -> stacked tree;
+* *sparsify* zeroes entries of each task (:func:`trim`, :func:`cut`, :func:`drop`), stacked tree -> stacked tree;
 * *elect* zeroes the entries that lost a vote between tasks (:func:`elect`), stacked tree -> stacked tree;
-* *reduce* removes the task axis (:func:`reduce_sum`, :func:`reduce_mean`, :func:`disjoint_mean`),
-  stacked tree -> tree;
+* *reduce* removes the task axis (:func:`reduce_sum`, :func:`reduce_mean`, :func:`disjoint_mean`, :func:`largest`,
+  :func:`shared`), stacked tree -> tree;
 * *rescale* multiplies (:func:`rescale`), tree -> tree or stacked tree -> stacked tree.
 
 Every part is a plain function of a tree, so a new method is one more part and a line with :func:`chain`. All
@@ -17,6 +17,7 @@ once.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -122,6 +123,53 @@ def trim(density: float | jax.Array, scope: Literal["global", "per_tensor"] = "g
     return part
 
 
+def cut(fraction: float) -> Part:
+    r"""Zeroes each task's largest entries by magnitude, :math:`\lfloor \text{fraction} \cdot n \rfloor` of each leaf's n.
+
+    Args:
+      fraction: of the entries of each leaf, in [0, 1).
+
+    Raises:
+      ValueError: if the fraction is outside [0, 1).
+    """
+    if not 0.0 <= float(fraction) < 1.0:
+        raise ValueError(f"the fraction of entries to cut must be in [0, 1), but is {fraction}")
+
+    def part(leaf: jax.Array) -> jax.Array:
+        count = int(float(fraction) * leaf[0].size)
+        return leaf - _keep([leaf], jnp.int32(count))[0] if count else leaf
+
+    return lambda stacked: jax.tree.map(part, stacked)
+
+
+def drop(density: float | jax.Array, key: jax.Array | int) -> Part:
+    r"""Keeps each entry with a probability and makes up for the loss: :math:`\hat\tau = m \odot \tau / p, \; m \sim
+    \mathrm{Bernoulli}(p)`.
+
+    What is drawn depends on the key, the leaf's path and the task's place alone, so that it is the same for every order of
+    the leaves and with any other leaves beside it.
+
+    Args:
+      density: :math:`p`, in (0, 1]; may be traced.
+      key: a key, or the seed of one.
+
+    Raises:
+      ValueError: if the density is outside (0, 1].
+    """
+    if not isinstance(density, jax.core.Tracer) and not 0.0 < float(density) <= 1.0:
+        raise ValueError(f"density must be in (0, 1], the probability that an entry is kept, but is {density}")
+    start = jax.random.key(key) if isinstance(key, int) else key
+
+    def one(path: str, leaf: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(start, zlib.crc32(path.encode()))
+        keys = jax.vmap(lambda task: jax.random.fold_in(own, task))(jnp.arange(len(leaf), dtype=jnp.uint32))
+        p = jnp.asarray(density, leaf.dtype)
+        kept = jax.vmap(lambda key: jax.random.uniform(key, leaf.shape[1:]))(keys) < jnp.asarray(density, jnp.float32)
+        return jnp.where(kept, leaf / p, jnp.zeros_like(leaf))
+
+    return lambda stacked: trees.map_paths(one, stacked)
+
+
 def elect(by: Literal["sum", "count"] = "sum") -> Part:
     r"""Elects one sign for every coordinate and zeroes the entries of the other sign.
 
@@ -167,6 +215,34 @@ def disjoint_mean() -> Part:
     def reduce(leaf: jax.Array) -> jax.Array:
         count = jnp.sum(leaf != 0, axis=0, dtype=jnp.int32)
         return jnp.sum(leaf, axis=0) / jnp.maximum(count, 1).astype(leaf.dtype)
+
+    return lambda stacked: jax.tree.map(reduce, stacked)
+
+
+def largest() -> Part:
+    """The entry of the largest magnitude among the tasks, coordinate by coordinate; of equal ones the first task's."""
+
+    def reduce(leaf: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(leaf, jnp.argmax(jnp.abs(leaf), axis=0)[None], axis=0)[0]
+
+    return lambda stacked: jax.tree.map(reduce, stacked)
+
+
+def shared(threshold: float | jax.Array, agree: int) -> Part:
+    r"""The sum over tasks at the coordinates that matter to several of them, 0 elsewhere.
+
+    .. math:: \tau_j = \bar\tau_j \, [\, |\{t : |\tau_{t,j}| \ge \lambda |\bar\tau_j - \tau_{t,j}|\}| \ge k \,], \qquad
+       \bar\tau = \sum_t \tau_t
+
+    Args:
+      threshold: :math:`\lambda`, how large a task's entry must be beside the sum of the others'; may be traced.
+      agree: :math:`k`, the number of tasks that must meet it.
+    """
+
+    def reduce(leaf: jax.Array) -> jax.Array:
+        total = jnp.sum(leaf, axis=0)
+        matters = jnp.abs(leaf) >= jnp.asarray(threshold, leaf.dtype) * jnp.abs(total[None] - leaf)
+        return jnp.where(jnp.sum(matters, axis=0, dtype=jnp.int32) >= agree, total, jnp.zeros_like(total))
 
     return lambda stacked: jax.tree.map(reduce, stacked)
 
