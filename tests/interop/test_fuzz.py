@@ -30,7 +30,7 @@ CONFIG = BertConfig(
     max_position_embeddings=4,
     pooler=False,
 )
-SLOWEST = 2.0  # seconds for one file; a hang would be far longer
+SLOWEST = 5.0  # seconds for one file, on a machine with other things to do; a hang would be far longer
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_a_thousand_layers_are_refused_quickly(shards):
                 start = time.perf_counter()
                 with pytest.raises(ValueError, match=key):
                     family.read_config({**default, key: value}, None)
-                assert time.perf_counter() - start < 0.5
+                assert time.perf_counter() - start < SLOWEST
 
 
 def test_headers_are_read_in_bounded_time_and_memory(tmp_path):
@@ -184,4 +184,4 @@ def test_headers_are_read_in_bounded_time_and_memory(tmp_path):
     start = time.perf_counter()
     with pytest.raises(safetensors.WeightFileError, match="header length"):
         read_header(path)
-    assert time.perf_counter() - start < 0.5
+    assert time.perf_counter() - start < SLOWEST
