@@ -27,12 +27,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from pefusion_jax.backbones import configs, encoder_files, names
-from pefusion_jax.backbones.encoder import Embeddings, Encoder, EncoderOutput, Part, Pooler, read_inputs
+from pefusion_jax.backbones.encoder import Embeddings, EncoderOutput, Part
 from pefusion_jax.backbones.family import Family
 from pefusion_jax.backbones.layers import ACTIVATIONS
+from pefusion_jax.backbones.text_encoder import TextEncoder
 
 __all__ = ["FAMILY", "Bert", "BertConfig", "BertOutput", "name_table"]
 
@@ -119,67 +119,16 @@ class _MaskedLMHead(Part):
         return _Predictions(**self.parts(), name="predictions")(x, embeddings)
 
 
-class Bert(nn.Module):
-    """A BERT encoder, post-norm: ``x = LN(x + Attention(x)); x = LN(x + W2 act(W1 x))``.
+class Bert(TextEncoder):
+    """A BERT encoder; attributes (``config`` is a :class:`BertConfig`) and inputs are those of :class:`TextEncoder`."""
 
-    Attributes:
-      config: the model's shape.
-      dtype: of the computation; parameters may be float32 or the same. Softmax and norms are float32 in any case.
-      scan_layers: one traced block scanned over stacked parameters instead of a loop (see ``stack_layers``).
-      remat: recompute each block in the backward pass instead of storing its activations.
-    """
+    def language_model(self, parts: dict[str, Any], last: jax.Array, embeddings: Embeddings) -> jax.Array:
+        return _MaskedLMHead(**parts, name="cls")(last, embeddings)
 
-    config: BertConfig
-    dtype: Any = jnp.float32
-    scan_layers: bool = False
-    remat: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: jax.Array | Mapping[str, jax.Array],
-        attention_mask: jax.Array | None = None,
-        token_type_ids: jax.Array | None = None,
-        position_ids: jax.Array | None = None,
-        *,
-        deterministic: bool = True,
-        output_hidden_states: bool = False,
-    ) -> BertOutput:
-        """Runs the encoder.
-
-        Args:
-          input_ids: token ids ``[batch, seq]``, or a mapping with the names of the array arguments.
-          attention_mask: ``[batch, seq]``, non-zero = keep; all by default.
-          token_type_ids: ``[batch, seq]``; zeros by default.
-          position_ids: ``[batch, seq]`` or ``[1, seq]``; 0, 1, 2, ... by default.
-          deterministic: False switches dropout on, which needs ``rngs={"dropout": key}``.
-          output_hidden_states: also return every block's output.
-
-        Raises:
-          ValueError: if a shape is wrong or the sequence is longer than the position table.
-        """
-        others = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
-        rows = self.config.max_position_embeddings
-        ids, arrays = read_inputs("Bert", input_ids, others, rows, rows)
-        positions = arrays["position_ids"]
-        positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :] if positions is None else positions
-
-        config = self.config
-        parts = {"config": config, "dtype": self.dtype, "deterministic": deterministic}
-        embeddings = Embeddings(**parts, token_types=config.type_vocab_size, name="embeddings")
-        first = embeddings(ids, arrays["token_type_ids"], positions)
-        encoder = Encoder(**parts, keep=output_hidden_states, scan_layers=self.scan_layers, remat=self.remat, name="encoder")
-        last, kept = encoder(first, arrays["attention_mask"])
-        pooled = Pooler(**parts, name="pooler")(last) if config.pooler else None
-        logits = None
-        if config.masked_lm:
-            logits = _MaskedLMHead(**parts, name="cls")(last, embeddings)
-        elif config.classes is not None:
-            rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-            x = nn.Dropout(rate, deterministic=deterministic)(pooled)
-            init = nn.initializers.normal(0.02)
-            logits = nn.Dense(config.classes, dtype=self.dtype, kernel_init=init, name="classifier")(x)
-        return EncoderOutput(last, pooled, (first, *kept) if kept is not None else None, logits)
+    def classify(self, parts: dict[str, Any], rate: float, last: jax.Array, pooled: jax.Array | None) -> jax.Array:
+        x = nn.Dropout(rate, deterministic=parts["deterministic"])(pooled)
+        init = nn.initializers.normal(0.02)
+        return nn.Dense(self.config.classes, dtype=self.dtype, kernel_init=init, name="classifier")(x)
 
 
 def name_table(config: BertConfig) -> dict[str, names.Entry]:

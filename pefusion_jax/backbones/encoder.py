@@ -1,7 +1,7 @@
 """The parts that post-norm text encoders share: ``x = LN(x + Attention(x)); x = LN(x + W2 act(W1 x))``.
 
-BERT, RoBERTa and MPNet are made of these; what they differ in (names, positions, heads) is in their own files. Parameter
-paths below ``encoder``, where BERT's and RoBERTa's attention is :class:`Attention` and MPNet brings its own::
+BERT, RoBERTa and MPNet are made of these (``text_encoder.py`` is the whole); what they differ in is in their own files.
+Parameter paths below ``encoder``, where BERT's and RoBERTa's attention is :class:`Attention` and MPNet brings its own::
 
     layer/N/attention/self/{query,key,value}/{kernel,bias}
     layer/N/attention/output/{dense/{kernel,bias}, LayerNorm/{scale,bias}}

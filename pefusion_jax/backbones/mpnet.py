@@ -32,20 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pefusion_jax.backbones import configs, encoder_files, names
-from pefusion_jax.backbones.encoder import (
-    ClassificationHead,
-    Embeddings,
-    Encoder,
-    EncoderOutput,
-    LMHead,
-    Part,
-    Pooler,
-    SelfAttention,
-    positions_after_padding,
-    read_inputs,
-)
+from pefusion_jax.backbones.encoder import Encoder, Part, SelfAttention
 from pefusion_jax.backbones.family import Family
 from pefusion_jax.backbones.t5_blocks import relative_buckets
+from pefusion_jax.backbones.text_encoder import TextEncoder
 
 __all__ = ["FAMILY", "MPNet", "MPNetConfig", "name_table"]
 
@@ -140,66 +130,20 @@ class _Encoder(Encoder):
         return table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
 
 
-class MPNet(nn.Module):
-    """An MPNet encoder, post-norm, with one table of relative positions: ``softmax(q k^T / sqrt(d) + bias) v``.
+class MPNet(TextEncoder):
+    """An MPNet encoder, with one table of relative positions: ``softmax(q k^T / sqrt(d) + bias) v``.
 
-    Attributes:
-      config: the model's shape.
-      dtype: of the computation; parameters may be float32 or the same. Softmax and norms are float32 in any case.
-      scan_layers: one traced block scanned over stacked parameters instead of a loop (see ``stack_layers``).
-      remat: recompute each block in the backward pass instead of storing its activations.
+    Attributes (``config`` is a :class:`MPNetConfig`) and inputs are those of :class:`TextEncoder`; relative positions do not
+    depend on ``position_ids``.
     """
 
-    config: MPNetConfig
-    dtype: Any = jnp.float32
-    scan_layers: bool = False
-    remat: bool = False
+    blocks = _Encoder
 
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: jax.Array | Mapping[str, jax.Array],
-        attention_mask: jax.Array | None = None,
-        position_ids: jax.Array | None = None,
-        token_type_ids: jax.Array | None = None,
-        *,
-        deterministic: bool = True,
-        output_hidden_states: bool = False,
-    ) -> EncoderOutput:
-        """Runs the encoder.
+    def pad(self) -> int:
+        return _PAD
 
-        Args:
-          input_ids: token ids ``[batch, seq]``, or a mapping with the names of the array arguments.
-          attention_mask: ``[batch, seq]``, non-zero = keep; all by default.
-          position_ids: ``[batch, seq]`` or ``[1, seq]``; by default counted from 2 over the tokens other than padding (id 1),
-            which itself stands at 1. Relative positions do not depend on it.
-          token_type_ids: ``[batch, seq]``; ignored, as in transformers: the model has no token types, but inputs made for any
-            text encoder name them.
-          deterministic: False switches dropout on, which needs ``rngs={"dropout": key}``.
-          output_hidden_states: also return every block's output.
-
-        Raises:
-          ValueError: if a shape is wrong or the sequence is longer than the position table.
-        """
-        config = self.config
-        others = {"attention_mask": attention_mask, "position_ids": position_ids, "token_type_ids": token_type_ids}
-        rows = config.max_position_embeddings
-        ids, arrays = read_inputs("MPNet", input_ids, others, rows - _PAD - 1, rows)
-        positions = arrays["position_ids"]
-        positions = positions_after_padding(ids, _PAD) if positions is None else positions
-
-        parts = {"config": config, "dtype": self.dtype, "deterministic": deterministic}
-        embeddings = Embeddings(**parts, token_types=0, name="embeddings")
-        first = embeddings(ids, None, positions)
-        encoder = _Encoder(**parts, keep=output_hidden_states, scan_layers=self.scan_layers, remat=self.remat, name="encoder")
-        last, kept = encoder(first, arrays["attention_mask"])
-        pooled = Pooler(**parts, name="pooler")(last) if config.pooler else None
-        logits = None
-        if config.masked_lm:
-            logits = LMHead(**parts, name="lm_head")(last, embeddings)
-        elif config.classes is not None:
-            logits = ClassificationHead(**parts, rate=config.hidden_dropout_prob, name="classifier")(last)
-        return EncoderOutput(last, pooled, (first, *kept) if kept is not None else None, logits)
+    def token_types(self) -> int:
+        return 0
 
 
 def name_table(config: MPNetConfig) -> dict[str, names.Entry]:

@@ -19,23 +19,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-
 from pefusion_jax.backbones import configs, encoder_files, names
-from pefusion_jax.backbones.encoder import (
-    ClassificationHead,
-    Embeddings,
-    Encoder,
-    EncoderOutput,
-    LMHead,
-    Pooler,
-    positions_after_padding,
-    read_inputs,
-)
 from pefusion_jax.backbones.encoder_files import TokenId
 from pefusion_jax.backbones.family import Family
+from pefusion_jax.backbones.text_encoder import TextEncoder
 
 __all__ = ["FAMILY", "Roberta", "RobertaConfig", "name_table"]
 
@@ -94,66 +81,11 @@ class RobertaConfig:
         return encoder_files.write_config(self, "roberta", "Roberta")
 
 
-class Roberta(nn.Module):
-    """A RoBERTa encoder, post-norm: ``x = LN(x + Attention(x)); x = LN(x + W2 act(W1 x))``.
+class Roberta(TextEncoder):
+    """A RoBERTa encoder; attributes (``config`` is a :class:`RobertaConfig`) and inputs are those of :class:`TextEncoder`."""
 
-    Attributes:
-      config: the model's shape.
-      dtype: of the computation; parameters may be float32 or the same. Softmax and norms are float32 in any case.
-      scan_layers: one traced block scanned over stacked parameters instead of a loop (see ``stack_layers``).
-      remat: recompute each block in the backward pass instead of storing its activations.
-    """
-
-    config: RobertaConfig
-    dtype: Any = jnp.float32
-    scan_layers: bool = False
-    remat: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: jax.Array | Mapping[str, jax.Array],
-        attention_mask: jax.Array | None = None,
-        token_type_ids: jax.Array | None = None,
-        position_ids: jax.Array | None = None,
-        *,
-        deterministic: bool = True,
-        output_hidden_states: bool = False,
-    ) -> EncoderOutput:
-        """Runs the encoder.
-
-        Args:
-          input_ids: token ids ``[batch, seq]``, or a mapping with the names of the array arguments.
-          attention_mask: ``[batch, seq]``, non-zero = keep; all by default.
-          token_type_ids: ``[batch, seq]``; zeros by default.
-          position_ids: ``[batch, seq]`` or ``[1, seq]``; by default counted from ``pad_token_id + 1`` over the tokens other
-            than padding, which itself stands at ``pad_token_id``.
-          deterministic: False switches dropout on, which needs ``rngs={"dropout": key}``.
-          output_hidden_states: also return every block's output.
-
-        Raises:
-          ValueError: if a shape is wrong or the sequence is longer than the position table.
-        """
-        config = self.config
-        others = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
-        rows = config.max_position_embeddings
-        ids, arrays = read_inputs("Roberta", input_ids, others, rows - config.pad_token_id - 1, rows)
-        positions = arrays["position_ids"]
-        positions = positions_after_padding(ids, config.pad_token_id) if positions is None else positions
-
-        parts = {"config": config, "dtype": self.dtype, "deterministic": deterministic}
-        embeddings = Embeddings(**parts, token_types=config.type_vocab_size, name="embeddings")
-        first = embeddings(ids, arrays["token_type_ids"], positions)
-        encoder = Encoder(**parts, keep=output_hidden_states, scan_layers=self.scan_layers, remat=self.remat, name="encoder")
-        last, kept = encoder(first, arrays["attention_mask"])
-        pooled = Pooler(**parts, name="pooler")(last) if config.pooler else None
-        logits = None
-        if config.masked_lm:
-            logits = LMHead(**parts, name="lm_head")(last, embeddings)
-        elif config.classes is not None:
-            rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-            logits = ClassificationHead(**parts, rate=rate, name="classifier")(last)
-        return EncoderOutput(last, pooled, (first, *kept) if kept is not None else None, logits)
+    def pad(self) -> int:
+        return self.config.pad_token_id
 
 
 def name_table(config: RobertaConfig) -> dict[str, names.Entry]:

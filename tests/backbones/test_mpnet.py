@@ -214,7 +214,7 @@ def test_old_and_headless_names_are_read(folder):
     ("args", "message"),
     [
         (({"input_ids": ids(1), "labels": ids(1)},), "MPNet takes a mapping with input_ids and any of"),
-        ((ids(1), None, None, MASK[:1]), "token_type_ids has shape"),
+        ((ids(1), None, MASK[:1]), "token_type_ids has shape"),
         ((ids(1)[0],), r"must be \[batch, seq\]"),
         ((ids(1), MASK[:, :3]), "attention_mask has shape"),
         ((np.ones((1, 15), np.int32),), "15 tokens, the model at most 14"),
