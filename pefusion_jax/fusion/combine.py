@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -11,8 +11,10 @@ import jax.numpy as jnp
 
 from pefusion_jax import deltas
 from pefusion_jax import trees as tree_tools
+from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.deltas import Delta, LowRank
 from pefusion_jax.fusion.elementwise import require_tasks
+from pefusion_jax.fusion.layerwise import join, separate, stacked_layers
 from pefusion_jax.fusion.parts import Fusion
 
 Tree = Any
@@ -26,6 +28,7 @@ def fuse(
     params: Any = None,
     space: Literal["weight", "adapter"] = "weight",
     init: Tree = None,
+    stacks: Collection[str] = STACKS,
 ) -> Tree:
     r"""Combines task trees into one.
 
@@ -43,11 +46,12 @@ def fuse(
       papers on fused adapters did;
     * :class:`~pefusion_jax.deltas.Delta` objects: their changes. A parameter that a Delta does not mention is
       one that it leaves unchanged, so tasks may have adapted different layers, at different ranks. Linear
-      methods keep low-rank changes as factor pairs, exactly (ranks add up); other methods work on, and
-      return, dense changes.
+      and spectral methods keep low-rank changes as factor pairs; element-wise methods work on, and return,
+      dense changes. :func:`~pefusion_jax.compression.compress` brings either to a rank of your choice.
 
     The result does not depend on the order of a mapping: trees are taken by sorted name. A sequence is taken
-    as it comes. Everything may be traced, so that ``jax.jit(lambda scale, trees: fuse(task_arithmetic(scale),
+    as it comes. Nor does it depend on whether layers are stacked by a scan: methods that look at whole tensors
+    see one layer at a time. Everything may be traced, so that ``jax.jit(lambda scale, trees: fuse(task_arithmetic(scale),
     trees))`` compiles once for all scales; leaves that are traced are not checked for NaN.
 
     Args:
@@ -57,6 +61,7 @@ def fuse(
       params: that model's base parameters; only with ``adapted``.
       space: where the arithmetic happens; see above.
       init: the adapters that all tasks started from; only for ``space="adapter"``.
+      stacks: names of the nodes whose leaves may be stacked layers (see ``fusion.layerwise``); ``()`` for none.
 
     Returns:
       A tree of the given structure, shapes and dtypes, or a Delta.
@@ -67,6 +72,8 @@ def fuse(
         for other tasks.
     """
     names, given = _named(trees)
+    if method.bind is not None:
+        method = method.bind(tuple(names))
     require_tasks(method, names if isinstance(trees, Mapping) else None)
     if space not in ("weight", "adapter"):
         raise ValueError(f"space must be 'weight' or 'adapter', not {space!r}")
@@ -82,18 +89,18 @@ def fuse(
         for name, tree in by_name.items():
             if not isinstance(tree, Delta):
                 raise ValueError(f"{name!r} is a {type(tree).__name__} but other trees are Deltas; pass one kind")
-        return _fuse_deltas(method, by_name)
+        return _fuse_deltas(method, by_name, stacks)
 
     tree_tools.require_same_structure(by_name)
     for name, tree in by_name.items():
         _check(name, tree_tools.paths(tree))
     if adapted is not None and space == "weight":
-        return _fuse_deltas(method, {name: adapted.deltas(params, tree) for name, tree in by_name.items()})
+        return _fuse_deltas(method, {name: adapted.deltas(params, tree) for name, tree in by_name.items()}, stacks)
     if init is None:
-        return method.apply(tree_tools.stack(by_name))
+        return _fuse_trees(method, by_name, stacks)
     tree_tools.require_same_structure({"init": init, **by_name})
     moved = {name: jax.tree.map(jnp.subtract, tree, init) for name, tree in by_name.items()}
-    return jax.tree.map(jnp.add, init, method.apply(tree_tools.stack(moved)))
+    return jax.tree.map(jnp.add, init, _fuse_trees(method, moved, stacks))
 
 
 def _named(trees: Mapping[str, Tree] | Sequence[Tree]) -> tuple[list[str], list[Tree]]:
@@ -125,9 +132,22 @@ def _check(name: str, leaves: dict[str, Any]) -> None:
                 tree_tools.require_finite(known, repr(name))
 
 
-def _fuse_deltas(method: Fusion, changes: dict[str, Delta]) -> Delta:
+def _fuse_trees(method: Fusion, by_name: Mapping[str, Tree], stacks: Collection[str]) -> Tree:
+    stacked = tree_tools.stack(by_name)
+    leaves = tree_tools.flat(stacked) if isinstance(stacked, Mapping) else {}
+    if method.weights is not None or not all(hasattr(leaf, "dtype") for leaf in leaves.values()):
+        return method.apply(stacked)
+    by_path = {path: tuple(leaf) for path, leaf in leaves.items()}
+    counts = stacked_layers(by_path, stacks)
+    if not counts:
+        return method.apply(stacked)
+    separated = {path: jnp.stack(of_tasks) for path, of_tasks in separate(by_path, counts).items()}
+    return tree_tools.nest(join(method.apply(separated), counts))
+
+
+def _fuse_deltas(method: Fusion, deltas_by_name: dict[str, Delta], stacks: Collection[str]) -> Delta:
     specs: dict[str, tuple[str, Any]] = {}
-    for name, delta in changes.items():
+    for name, delta in deltas_by_name.items():
         _check(name, tree_tools.paths(delta.leaves))
         for path, change in delta.leaves.items():
             first, known = specs.setdefault(path, (name, change))
@@ -137,19 +157,35 @@ def _fuse_deltas(method: Fusion, changes: dict[str, Delta]) -> Delta:
                     f"{change.dtype}{list(change.shape)} in {name!r}; they cannot be combined"
                 )
     if method.weights is not None:
-        weights = method.weights(len(changes))
-        return Delta({path: _combine(path, weights, changes) for path in sorted(specs)})
+        weights = method.weights(len(deltas_by_name))
+        return Delta({path: _combine(path, weights, deltas_by_name) for path in sorted(specs)})
 
-    def stacked(path: str, like: Any) -> jax.Array:
-        zero = jnp.zeros(like.shape, like.dtype)
-        return jnp.stack([deltas.dense(delta.leaves[path]) if path in delta.leaves else zero for delta in changes.values()])
+    by_path = {path: _aligned(path, deltas_by_name, method.changes is not None) for path in sorted(specs)}
+    counts = stacked_layers(by_path, stacks)
+    separated = separate(by_path, counts)
+    if method.changes is None:
+        fused = method.apply({path: jnp.stack(of_tasks) for path, of_tasks in separated.items()})
+    else:
+        fused = method.changes(separated)
+    return Delta({path: _cast(change, specs[path][1].dtype) for path, change in join(fused, counts).items()})
 
-    return Delta(method.apply({path: stacked(path, specs[path][1]) for path in sorted(specs)}))
+
+def _aligned(path: str, deltas_by_name: Mapping[str, Delta], as_pairs: bool) -> tuple[Any, ...]:
+    """One change per task, in float32 or wider: all pairs of one shape, or all dense; nothing where a task has none."""
+    present = [delta.leaves[path] for delta in deltas_by_name.values() if path in delta.leaves]
+    like = present[0]
+    wide = tree_tools.wide_dtype(like.dtype)
+    if as_pairs and isinstance(like, LowRank) and all(isinstance(c, LowRank) and c.axes == like.axes for c in present):
+        nothing: Any = dataclasses.replace(like, a=like.a[..., :0], b=like.b[..., :0, :])
+    else:
+        nothing = jnp.zeros(like.shape, like.dtype)
+    found = [delta.leaves.get(path, nothing) for delta in deltas_by_name.values()]
+    return tuple(_cast(change if isinstance(nothing, LowRank) else deltas.dense(change), wide) for change in found)
 
 
-def _combine(path: str, weights: jax.Array, changes: dict[str, Delta]) -> Any:
+def _combine(path: str, weights: jax.Array, deltas_by_name: Mapping[str, Delta]) -> Any:
     """The weighted sum of one parameter's changes, in float32 or wider, stored as the changes were."""
-    present = [(weights[t], delta.leaves[path]) for t, delta in enumerate(changes.values()) if path in delta.leaves]
+    present = [(weights[t], delta.leaves[path]) for t, delta in enumerate(deltas_by_name.values()) if path in delta.leaves]
     dtype = present[0][1].dtype
     wide = tree_tools.wide_dtype(dtype)
     factors = [weight.astype(wide) for weight, _ in present]

@@ -25,9 +25,11 @@ import jax
 import jax.numpy as jnp
 
 from pefusion_jax import trees
+from pefusion_jax.deltas import Change
 
 Tree = Any
 Part = Callable[[Tree], Tree]
+Changes = dict[str, tuple[Change, ...]]
 
 
 class Fusion(NamedTuple):
@@ -38,11 +40,17 @@ class Fusion(NamedTuple):
       weights: number of tasks -> ``[task]`` coefficients of a linear method; ``None`` for every other method.
         Linear methods keep low-rank changes exactly low-rank.
       tasks: the task names, sorted, that the coefficients belong to; ``None`` if they belong to positions.
+      changes: for methods that combine low-rank pairs as they are: parameter path -> the change in each task, in stacking
+        order, gives path -> combined change. The changes of a parameter are all pairs, of one shape and of any ranks, or all
+        dense; a task that leaves it alone has a pair of rank 0, or zeros. ``None``: pairs are multiplied out for ``apply``.
+      bind: for methods that go by the names of the trees: the names in stacking order -> the method to use.
     """
 
     apply: Callable[[Tree], Tree]
     weights: Callable[[int], jax.Array] | None = None
     tasks: tuple[str, ...] | None = None
+    changes: Callable[[Changes], dict[str, Change]] | None = None
+    bind: Callable[[tuple[str, ...]], Fusion] | None = None
 
 
 def chain(*parts: Part) -> Fusion:

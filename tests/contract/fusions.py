@@ -1,0 +1,92 @@
+"""The table of fusion methods that every guarantee of fusion is checked for, and the task trees they are checked on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pefusion_jax as pf
+from pefusion_jax import fusion
+
+
+class Row(NamedTuple):
+    """One method and where it departs from the contract, each departure with its reason.
+
+    Attributes:
+      name: of the function in ``pefusion_jax.fusion``, and what follows a dash.
+      make: scale -> method.
+      neutral: the method at the setting that gives one tree back as it is; by default ``make(1.0)``.
+      scaled: whether the scale multiplies the result, so that zero gives the base model.
+      ordered: whether a task's name has a say: by the coefficient or the random draw that belongs to its place. All others
+        are symmetric in the tasks.
+      trees: number of task trees; the methods between two trees take 2.
+      tolerance: of pairs against dense leaves, scanned against unrolled layers, one order against another.
+    """
+
+    name: str
+    make: Callable[[Any], fusion.Fusion]
+    neutral: Callable[[], fusion.Fusion] | None = None
+    scaled: bool = True
+    ordered: bool = False
+    trees: int = 3
+    tolerance: float = 1e-5
+
+
+# A new method is one row here.
+METHODS = [
+    Row("average", lambda s: fusion.average(), scaled=False),
+    Row(
+        "weighted_average",
+        lambda s: fusion.weighted_average({"a": s, "b": 2 * s, "c": -s}),
+        lambda: fusion.weighted_average([1]),
+        ordered=True,
+    ),
+    Row("task_arithmetic", fusion.task_arithmetic),
+    Row("ties", lambda s: fusion.ties(0.5, s), lambda: fusion.ties(1.0)),
+    Row("ties-per_tensor", lambda s: fusion.ties(0.5, s, trim="per_tensor"), lambda: fusion.ties(1.0, trim="per_tensor")),
+    Row("dare", lambda s: fusion.dare(0.5, s), lambda: fusion.dare(1.0), ordered=True),
+    Row("dare-ties", lambda s: fusion.dare(0.5, s, then="ties"), lambda: fusion.dare(1.0, then="ties"), ordered=True),
+    Row("breadcrumbs", lambda s: fusion.breadcrumbs(0.5, 0.2, s), lambda: fusion.breadcrumbs(1.0, 0.0, 1.0)),
+    Row("magmax", fusion.magmax),
+    Row("consensus", lambda s: fusion.consensus(0.4, s), lambda: fusion.consensus(0.4, 1.0, agree=1)),
+    Row("slerp", lambda s: fusion.slerp(0.3), lambda: fusion.average(), scaled=False, ordered=True, trees=2),
+    Row("model_stock", lambda s: fusion.model_stock(), scaled=False),
+]
+
+TASKS = ("a", "b", "c")
+RANKS = {"a": 1, "b": 3, "c": 2}
+INPUTS, OUTPUTS = 7, 5
+
+
+def changes(task: str, *, layers: int = 2, stacked: bool = False) -> pf.Delta:
+    """A task's change: pairs of its own rank in each layer, a bias, and a matrix outside the layers that task c lacks.
+
+    Tasks have something in common: their first factors are near each other, and so are their biases.
+    """
+    own, common = np.random.default_rng(TASKS.index(task)), np.random.default_rng(9)
+
+    def normal(*shape: int, alike: bool = False) -> jax.Array:
+        drawn = own.normal(size=shape)
+        if alike:
+            drawn[..., 0] += 2 * common.normal(size=shape[:1])
+        return jnp.asarray(drawn, jnp.float32)
+
+    def pair(rank: int) -> tuple[jax.Array, jax.Array]:
+        return normal(INPUTS, rank, alike=True), normal(OUTPUTS, rank, alike=True).T
+
+    pairs = [pair(RANKS[task]) for _ in range(layers)]
+    biases = [normal(OUTPUTS, 1, alike=True)[:, 0] for _ in range(layers)]
+    head = {} if task == "c" else {"head/kernel": pf.LowRank(normal(OUTPUTS, 1), normal(1, OUTPUTS), (OUTPUTS, OUTPUTS))}
+    if stacked:
+        a, b = (jnp.stack(factors) for factors in zip(*pairs, strict=True))
+        kernel = pf.LowRank(a, b, (layers, INPUTS, OUTPUTS))
+        return pf.Delta({"layer/query/kernel": kernel, "layer/query/bias": jnp.stack(biases), **head})
+    leaves: dict[str, Any] = dict(head)
+    for i, (a, b) in enumerate(pairs):
+        leaves[f"layer/{i}/query/kernel"] = pf.LowRank(a, b, (INPUTS, OUTPUTS))
+        leaves[f"layer/{i}/query/bias"] = biases[i]
+    return pf.Delta(leaves)
