@@ -1,4 +1,4 @@
-"""The command line: ``pefusion quickstart | finetune | fuse | evaluate | convert | inspect | verify``."""
+"""The command line: ``pefusion quickstart | finetune | fuse | evaluate | convert | inspect | merge | verify | report``."""
 
 from __future__ import annotations
 
@@ -137,6 +137,25 @@ class Evaluate:
     """Print the scores as JSON."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Turns a folder of results, and the folders in it, into one HTML page that needs nothing else.
+
+    Example:  pefusion report runs/quickstart --out quickstart.html
+    """
+
+    folder: tyro.conf.Positional[str]
+    """Folder with results, tables (.csv), settings (.json), notes (.md, .txt) and figures (.png)."""
+    out: str | None = None
+    """Page to write, replaced if it exists; report.html in the folder if not given."""
+    title: str | None = None
+    """Title of the page; the folder's name if not given."""
+    max_mb: int = 32
+    """Largest content in megabytes; what comes after is listed, not shown."""
+    json: bool = False
+    """Print what is in the page, and what is not and why, as JSON."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; errors of the user's input are one line on standard error and exit status 1."""
     # transformers remarks on the absence of PyTorch, which is not needed here.
@@ -146,8 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Finetune: _finetune,
         Fuse: _fuse,
         Evaluate: _evaluate,
+        Report: _report,
         cli_files.Convert: cli_files.convert,
         cli_files.Inspect: cli_files.inspect,
+        cli_files.Merge: cli_files.merge,
         cli_files.Verify: cli_files.verify,
     }
     command = tyro.cli(
@@ -155,8 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         | Annotated[Finetune, tyro.conf.subcommand("finetune", prefix_name=False)]
         | Annotated[Fuse, tyro.conf.subcommand("fuse", prefix_name=False)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
+        | Annotated[Report, tyro.conf.subcommand("report", prefix_name=False)]
         | Annotated[cli_files.Convert, tyro.conf.subcommand("convert", prefix_name=False)]
         | Annotated[cli_files.Inspect, tyro.conf.subcommand("inspect", prefix_name=False)]
+        | Annotated[cli_files.Merge, tyro.conf.subcommand("merge", prefix_name=False)]
         | Annotated[cli_files.Verify, tyro.conf.subcommand("verify", prefix_name=False)],
         prog="pefusion",
         description="Parameter-efficient fine-tuning, partial linearization and multi-task fusion in JAX.",
@@ -330,6 +353,17 @@ def _evaluate(given: Evaluate) -> None:
         print(scores)
     if given.json:
         print(json.dumps(scores.to_dict(), indent=2))
+
+
+def _report(given: Report) -> None:
+    from pefusion_jax.evaluation import write_page
+
+    page = write_page(given.folder, given.out, title=given.title, max_bytes=given.max_mb * 10**6)
+    if given.json:
+        print(json.dumps({"path": str(page.path), "shown": page.shown, "omitted": page.omitted}, indent=2))
+    else:
+        omitted = f"; {len(page.omitted)} not shown, and why, at its end" if page.omitted else ""
+        print(f"{len(page.shown)} files in {page.path}{omitted}")
 
 
 def _tasks(names: Sequence[str], model_id: str, model: Any, params: Any, head: str, max_length: int) -> list[Any]:

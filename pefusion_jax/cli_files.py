@@ -1,4 +1,4 @@
-"""The commands on files: ``pefusion convert | inspect | verify``."""
+"""The commands on files: ``pefusion convert | inspect | merge | verify``."""
 
 from __future__ import annotations
 
@@ -60,6 +60,34 @@ class Inspect:
     """Only say what the source is, without opening its weights."""
     json: bool = False
     """Print everything, with the shape of every tensor of an adapter, as JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Merges whole models by a recipe, file to file, in bounded memory.
+
+    The recipe is mergekit's YAML (merge_method, models or slices, base_model, parameters), or the same with 'method: NAME',
+    any method of pefusion_jax.fusion.
+
+    Example:  pefusion merge ties.yml merged --dry-run
+    """
+
+    config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
+    """The recipe, a YAML file."""
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """Folder to write. It must be empty or not exist."""
+    threads: int = 2
+    """Threads that read."""
+    max_shard_size: str = "5GB"
+    """Largest file of weights, for example 300MB."""
+    seed: int = 0
+    """Seed of methods that drop entries at random."""
+    dry_run: bool = False
+    """Read and check everything but the weights, write nothing, and print the plan."""
+    overwrite: bool = False
+    """Replace a folder that is not empty."""
+    json: bool = False
+    """Print what was written as JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +156,36 @@ def inspect(given: Inspect) -> None:
     for key, value in (config or {}).items():
         text = str(value)
         print(f"  {key}: {text if len(text) <= 100 else text[:100] + '...'}")
+
+
+def merge(given: Merge) -> None:
+    """Runs :class:`Merge`."""
+    from pefusion_jax import checkpoints, merging
+
+    def progress(done: int, total: int, name: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done}/{total} {name[-60:]:60}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    merged = merging.merge_files(
+        given.config,
+        given.out,
+        threads=given.threads,
+        shard_size=checkpoints.parse_size(given.max_shard_size),
+        seed=given.seed,
+        dry_run=given.dry_run,
+        progress=progress,
+        overwrite=given.overwrite,
+        command=("pefusion", *sys.argv[1:]),
+    )
+    if given.json:
+        print(json.dumps({**merged._asdict(), "dry_run": given.dry_run}, indent=2))
+        return
+    print(f"{'would write' if given.dry_run else 'wrote'} {merged.out}: {', '.join(merged.files)}")
+    print(f"method:      {merged.method}")
+    print("models:      " + ", ".join(f"{name} (base)" if name == merged.base else name for name in merged.models))
+    print(f"tensors:     {merged.tensors:,}" + (f", of which {merged.copied:,} are copied" if merged.copied else ""))
+    print(f"bytes:       {merged.bytes_read:,} to read, {merged.bytes_written:,} to write")
+    print(f"memory:      about {merged.peak_bytes:,} bytes beside the interpreter")
 
 
 def verify(given: Verify) -> None:

@@ -26,6 +26,9 @@ class Layer(NamedTuple):
       b_shape: ``rank -> `` shape of the factor that writes the output, ``[*batch, rank, *outputs]``.
       fan_in: number of inputs of one output, for initialisers; 1 for an embedding, whose input is one-hot.
       pair: ``(x, a, b) -> x A B`` with the layer's own contraction, never multiplying ``A B`` out.
+      rows: ``x -> [*batch, *positions, in]``, what the weight, read as a matrix ``[*batch, in, out]``, is multiplied by:
+        for a convolution the patches. ``None`` for an embedding, whose input is one-hot.
+      place: ``([*batch, *positions, out], y) -> `` the same numbers in the shape of the layer's output ``y``.
     """
 
     path: str
@@ -36,6 +39,8 @@ class Layer(NamedTuple):
     b_shape: Callable[[int], tuple[int, ...]]
     fan_in: int
     pair: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    rows: Callable[[jax.Array], jax.Array] | None
+    place: Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def describe(module: nn.Module, method: str, args: Any, kwargs: Any) -> Layer | None:
@@ -54,6 +59,8 @@ def describe(module: nn.Module, method: str, args: Any, kwargs: Any) -> Layer | 
             b_shape=lambda r: (r, table[-1]),
             fan_in=1,
             pair=_lookup if method == "__call__" else _attend,
+            rows=None,
+            place=_reshaped,
         )
     if method != "__call__":
         return None
@@ -73,6 +80,16 @@ def describe(module: nn.Module, method: str, args: Any, kwargs: Any) -> Layer | 
             low = module.clone(features=a.shape[-1], use_bias=False, parent=None, name=_CLONE)
             return jnp.tensordot(low.apply({"params": {"kernel": a}}, x), b, 1, precision=module.precision)
 
+        def rows(x: jax.Array) -> jax.Array:
+            if isinstance(module, nn.Dense):
+                return x
+            # The identity as the weight: every input of a position comes out as a feature of its own.
+            identity = jnp.eye(math.prod(inputs), dtype=x.dtype).reshape(*inputs, -1)
+            whole = module.clone(
+                features=math.prod(inputs), use_bias=False, precision=jax.lax.Precision.HIGHEST, parent=None, name=_CLONE
+            )
+            return whole.apply({"params": {"kernel": identity}}, x)
+
         return Layer(
             path=path,
             kernel="kernel",
@@ -82,12 +99,18 @@ def describe(module: nn.Module, method: str, args: Any, kwargs: Any) -> Layer | 
             b_shape=lambda r: (r, *outputs),
             fan_in=math.prod(inputs),
             pair=pair,
+            rows=rows,
+            place=_reshaped,
         )
     return None
 
 
 def _lookup(ids: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.take(a, ids, axis=0) @ b
+
+
+def _reshaped(rows: jax.Array, y: jax.Array) -> jax.Array:
+    return rows.reshape(y.shape)
 
 
 def _attend(query: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -128,6 +151,16 @@ def _einsum_layer(path: str, module: nn.Einsum, equation: str | None) -> Layer |
         b = b.reshape(*batch_shape, b.shape[len(batch_shape)], *out_shape)
         return jnp.einsum(f"{middle},{batch}{rank}{outputs}->{result}", z, b, precision=module.precision)
 
+    positions = "".join(c for c in result if c not in kernel)
+
+    def rows(x: jax.Array) -> jax.Array:
+        ordered = jnp.einsum(f"{source}->{batch}{positions}{inputs}", x)
+        return ordered.reshape(*ordered.shape[: ordered.ndim - len(inputs)], -1)
+
+    def place(rows: jax.Array, y: jax.Array) -> jax.Array:
+        wide = rows.reshape(*rows.shape[:-1], *out_shape)
+        return jnp.einsum(f"{batch}{positions}{outputs}->{result}", wide)
+
     return Layer(
         path=path,
         kernel="kernel",
@@ -137,4 +170,6 @@ def _einsum_layer(path: str, module: nn.Einsum, equation: str | None) -> Layer |
         b_shape=lambda r: (r, *spread) if interleaved else (*batch_shape, r, *out_shape),
         fan_in=math.prod(in_shape),
         pair=pair,
+        rows=rows,
+        place=place,
     )

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pefusion_jax import trees
-from pefusion_jax.evaluation.scores import _features, _mode, head_logits, named_tasks
+from pefusion_jax.evaluation.batched import features_of_many
+from pefusion_jax.evaluation.scores import head_logits, named_tasks
 from pefusion_jax.tasks.metrics import accuracy
 from pefusion_jax.tasks.task import Task, eval_batches
 
@@ -220,6 +221,7 @@ def sweep_trees(
     *,
     split: str = "validation",
     batch_size: int = 64,
+    at_once: int = 1,
 ) -> np.ndarray:
     """Scores every point by fusing and running the model, which every model allows; compiled once.
 
@@ -229,6 +231,7 @@ def sweep_trees(
         taus)``.
       coefficients: ``[point, k]``; what the columns mean is up to ``fused_for``.
       tasks: the tasks to evaluate on.
+      at_once: points in one forward pass, for accelerators; see :func:`~pefusion_jax.evaluation.evaluate_many`.
 
     Returns:
       Scores ``[point, task]``, tasks in the order given.
@@ -236,16 +239,22 @@ def sweep_trees(
     points = np.asarray(coefficients, np.float32)
     if points.ndim != 2 or not len(points):
         raise ValueError(f"coefficients have shape {points.shape}; needed is [point, k] with at least one point")
+    if at_once < 1:
+        raise ValueError(f"at_once={at_once} must be 1 or more")
     by_name = named_tasks(tasks)
     batches = {name: list(eval_batches(task, split, batch_size)) for name, task in by_name.items()}
-    rows = []
-    for point in points:
-        tree = fused_for(point)
-        row = []
-        for name, task in by_name.items():
-            features, labels = _features(_mode(tree), adapted, params, tree, task.head, batches[name])
-            row.append(task.metric(head_logits(task.head, features), labels))
-        rows.append(row)
+    rows: list[list[float]] = []
+    for start in range(0, len(points), at_once):
+        chunk = [fused_for(point) for point in points[start : start + at_once]]
+        chunk += chunk[-1:] * (min(at_once, len(points)) - len(chunk))  # filled up: one program serves all
+        found = features_of_many(
+            adapted, params, chunk, by_name, split=split, batch_size=batch_size, at_once=at_once, batches=batches
+        )
+        for place in range(len(points[start : start + at_once])):
+            features = {name: (of_trees[place], labels) for name, (of_trees, labels) in found.items()}
+            rows.append(
+                [task.metric(head_logits(task.head, features[name][0]), features[name][1]) for name, task in by_name.items()]
+            )
     return np.asarray(rows, np.float64)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pefusion_jax import trees
-from pefusion_jax.fusion import parts
+from pefusion_jax.fusion import parts, tool_parts
 from pefusion_jax.fusion.parts import Fusion, chain, linear
 
 
@@ -40,7 +40,8 @@ def weighted_average(weights: Mapping[str, Any] | Sequence[Any] | jax.Array, *, 
         the trees: by name for a mapping of trees, as given for a sequence. Negative weights are allowed;
         values may be traced.
       normalize: divide by the sum of the weights. Off by default: the weights are used exactly as they are
-        given, so weights that do not sum to 1 give no average but a scaled one.
+        given, so weights that do not sum to 1 give no average but a scaled one. mergekit's ``linear`` normalizes unless told
+        otherwise; its ``task_arithmetic`` does not.
 
     Raises:
       ValueError: when it is applied, if the number of weights is not the number of trees, or they sum to zero
@@ -75,7 +76,7 @@ def task_arithmetic(scale: Any = 0.3) -> Fusion:
       is no data to choose one with. For adapters the arithmetic is done on weight changes (or on
       displacements), never on the factors A and B apart, whose products would mix between tasks.
     """
-    if isinstance(scale, Mapping) or jnp.ndim(scale) > 0:
+    if isinstance(scale, Mapping | Sequence) or jnp.ndim(scale) > 0:
         values, tasks = _coefficients(scale, "task_arithmetic")
         return linear(_exactly(values, "task_arithmetic"), tasks)
     return linear(lambda count: jnp.broadcast_to(jnp.asarray(scale, _float()), (count,)))
@@ -86,8 +87,11 @@ def ties(
     scale: float | jax.Array = 1.0,
     *,
     elect: Literal["sum", "count"] = "sum",
-    reduce: Literal["mean", "sum"] = "mean",
-    trim: Literal["global", "per_tensor"] = "global",
+    reduce: Literal["mean", "sum"] | None = None,
+    trim: Literal["global", "per_tensor"] | None = None,
+    weights: Mapping[str, Any] | Sequence[Any] | jax.Array | None = None,
+    normalize: bool | None = None,
+    conform: Literal["paper", "peft", "mergekit", "fusion_bench"] = "paper",
 ) -> Fusion:
     r"""TIES: trim, elect sign, merge what agrees.
 
@@ -101,31 +105,58 @@ def ties(
     mass, entries that agree are averaged. The authors choose the scale on validation data between 0.8 and
     2.5.
 
+    The tools differ from the paper, and from each other:
+
+    * ``"peft"``: each tensor is trimmed on its own, to none of its entries if ``density * n < 1``; undecided coordinates
+      take plus; signs are elected without the weights, and the weighted entries that agree are divided by their number;
+    * ``"mergekit"``: each tensor is trimmed on its own; signs are elected on the weighted entries (plus if undecided), whose
+      sum is divided by the sum of the weights that agree, unless ``normalize=False``;
+    * ``"fusion_bench"``, which is the authors' code: one entry more is kept (all of their threshold's magnitude), the entries
+      that agree are added up, and undecided coordinates take minus if elected signs balance. FusionBench's scale is 0.3.
+
     Args:
       density: fraction of each task's entries kept, in (0, 1]; may be traced.
       scale: :math:`\lambda`; may be traced.
-      elect: vote by ``"sum"`` of values or by ``"count"`` of tasks.
-      reduce: ``"mean"`` or ``"sum"`` of the entries that agree.
-      trim: compare magnitudes over the task's whole tree (``"global"``, the paper) or inside each tensor
-        (``"per_tensor"``, what PEFT's and mergekit's implementations do).
+      elect: vote by ``"sum"`` of values or by ``"count"`` of tasks (PEFT: "total", "frequency").
+      reduce: ``"mean"`` or ``"sum"`` of the entries that agree; ``None`` is the paper's mean, FusionBench's sum.
+      trim: compare magnitudes over the task's whole tree (``"global"``, the paper) or inside each tensor (``"per_tensor"``).
+      weights: one for each task, by name or in order; only with ``"peft"`` and ``"mergekit"``. ``None``: 1 each.
+      normalize: only with ``"mergekit"``; ``None`` is its default, true.
+      conform: whose TIES.
 
     Raises:
-      ValueError: if the density is outside (0, 1] or an option is unknown.
+      ValueError: if the density is outside (0, 1], an option is unknown, or is not one of that tool's.
 
     Reference:
       Yadav et al., *TIES-Merging: Resolving Interference When Merging Models*, 2023. We depart in two
       details: exactly the wanted number of entries is kept where magnitudes are tied (see
-    :func:`~pefusion_jax.fusion.parts.trim`), and
-      if elected signs balance exactly, undecided coordinates take plus.
+      :func:`~pefusion_jax.fusion.parts.trim`), and if elected signs balance exactly, undecided coordinates take plus.
     """
-    if reduce not in ("mean", "sum"):
-        raise ValueError(f"ties reduces by 'mean' or 'sum', not {reduce!r}")
-    return chain(
-        parts.trim(density, trim),
-        parts.elect(elect),
-        parts.disjoint_mean() if reduce == "mean" else parts.reduce_sum(),
-        parts.rescale(scale),
+    tool_parts.require(
+        "ties",
+        conform,
+        ("paper", "peft", "mergekit", "fusion_bench"),
+        weights=(weights, ("peft", "mergekit")),
+        normalize=(normalize, ("mergekit",)),
+        trim=(trim, ("paper",)),
+        reduce=(reduce, ("paper", "fusion_bench")),
     )
+    if reduce not in (None, "mean", "sum"):
+        raise ValueError(f"ties reduces by 'mean' or 'sum', not {reduce!r}")
+    per_task, tasks = task_weights(weights, "ties")
+    trimmed = parts.trim(density, "per_tensor" if conform == "mergekit" else trim or "global")
+    if conform == "paper":
+        whole = [trimmed, parts.elect(elect), parts.reduce_sum() if reduce == "sum" else parts.disjoint_mean()]
+    elif conform == "peft":
+        whole = [tool_parts.keep_floor(density), tool_parts.elect(elect, "plus"), tool_parts.peft_disjoint_mean(per_task)]
+    elif conform == "mergekit":
+        if elect != "sum":
+            raise ValueError("mergekit's TIES elects by 'sum'; leave elect out, or take another conform")
+        whole = [trimmed, tool_parts.mergekit_merge(per_task, consensus=True, normalize=normalize is not False)]
+    else:
+        reduced = parts.disjoint_mean() if reduce == "mean" else parts.reduce_sum()
+        whole = [tool_parts.keep_one_more(density), tool_parts.elect(elect, "majority"), reduced]
+    return chain(*whole, parts.rescale(scale))._replace(tasks=tasks)
 
 
 def _float() -> Any:
@@ -150,6 +181,16 @@ def _stacked(given: Sequence[Any]) -> jax.Array:
     if not len(given):
         raise ValueError("the weights are empty; give one weight for each task")
     return jnp.stack([jnp.asarray(value, _float()) for value in given])
+
+
+def task_weights(
+    weights: Mapping[str, Any] | Sequence[Any] | jax.Array | None, method: str
+) -> tuple[Callable[[int], jax.Array], tuple[str, ...] | None]:
+    """Weights of a method that is not linear, 1 each by default: number of tasks -> weights, and the names they belong to."""
+    if weights is None:
+        return (lambda count: jnp.ones((count,), _float())), None
+    values, tasks = _coefficients(weights, method)
+    return _exactly(values, method), tasks
 
 
 def _exactly(values: jax.Array, method: str) -> Callable[[int], jax.Array]:

@@ -51,17 +51,25 @@ class Verdict(NamedTuple):
         return not (self.changed or self.missing or self.unlisted)
 
 
-def write_manifest(folder: Path, *, inputs: Mapping[str, Any] | None = None, settings: Mapping[str, Any] | None = None) -> None:
+def write_manifest(
+    folder: Path,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    known: Mapping[str, str] | None = None,
+) -> None:
     """Writes the manifest of everything that is in a folder now.
 
     Args:
       folder: the folder.
       inputs: ``{name: {"source": text, "sha256": {file: digest}}}``, see :func:`describe_input`.
       settings: JSON-compatible resolved configuration.
+      known: SHA-256 of files whose digests were taken while they were written; they are not read again.
     """
+    digests = {name: (known or {}).get(name) or sha256(folder / name) for name in _listed(folder)}
     content = {
         "format": FORMAT,
-        "files": {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in _listed(folder)},
+        "files": {name: {"sha256": digest, "bytes": (folder / name).stat().st_size} for name, digest in digests.items()},
         "inputs": dict(inputs or {}),
         "versions": versions(),
         "settings": dict(settings or {}),

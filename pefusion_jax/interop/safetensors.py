@@ -165,6 +165,28 @@ def write_safetensors(
       WeightFileError: if something cannot be stored, or an array is not of its announced kind.
     """
     path = Path(path)
+    order, start = file_start(path, kinds, metadata)
+    with files.replacing(path) as file:
+        file.write(start)
+        for name in order:
+            array = _storable(path, name, make(name))
+            if (array.dtype, array.shape) != (np.dtype(kinds[name][0]), tuple(kinds[name][1])):
+                raise WeightFileError(
+                    path, "a tensor is not of the kind that was announced", tensor=name, expected=kinds[name],
+                    found=(array.dtype, array.shape), remedy="announce the dtype and shape that are made",
+                )  # fmt: skip
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def file_start(
+    path: str | os.PathLike[str],
+    kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[list[str], bytes]:
+    """What stands before the data of a safetensors file, and the order in which the tensors' data follow it without a gap.
+
+    Args and Raises: as :func:`write_safetensors`.
+    """
     meta = {"format": "pt", **(metadata or {})}
     for key, value in meta.items():
         if not isinstance(key, str) or not isinstance(value, str):
@@ -199,18 +221,7 @@ def write_safetensors(
         position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-
-    with files.replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in order:
-            array = _storable(path, name, make(name))
-            if (array.dtype, array.shape) != (np.dtype(kinds[name][0]), tuple(kinds[name][1])):
-                raise WeightFileError(
-                    path, "a tensor is not of the kind that was announced", tensor=name, expected=kinds[name],
-                    found=(array.dtype, array.shape), remedy="announce the dtype and shape that are made",
-                )  # fmt: skip
-            file.write(array.reshape(-1).view(np.uint8).data)
+    return order, len(text).to_bytes(8, "little") + text
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:

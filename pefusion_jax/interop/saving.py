@@ -132,9 +132,8 @@ def planned_files(
 ) -> tuple[str, ...]:
     """The names of the files that :func:`save_pretrained` with a card would write."""
     shards = list(plan_shards(_planned(model, params, dtype)[2], max_shard_bytes))
-    companions = [name for name in _COMPANIONS if (Path(like) / name).is_file()]
     index = [INDEX] if len(shards) > 1 else []
-    return tuple(sorted([*shards, *index, CONFIG, "README.md", manifest.NAME, *companions]))
+    return tuple(sorted([*shards, *index, CONFIG, "README.md", manifest.NAME, *companions(Path(like))]))
 
 
 def _class_names(source: Path, count: Any) -> dict[str, Any]:
@@ -146,9 +145,14 @@ def _class_names(source: Path, count: Any) -> dict[str, Any]:
     return found if "id2label" in found else {}
 
 
+def companions(source: Path) -> list[str]:
+    """The tokenizer and processor files that a folder has."""
+    return [name for name in _COMPANIONS if (source / name).is_file()]
+
+
 def copy_companions(source: Path, folder: Path) -> list[str]:
     """Copies tokenizer and processor files that exist in ``source``; returns their names."""
-    found = [name for name in _COMPANIONS if (source / name).is_file()]
+    found = companions(source)
     for name in found:
         shutil.copyfile(source / name, folder / name)
     return found

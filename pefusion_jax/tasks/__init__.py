@@ -8,6 +8,7 @@ from pefusion_jax.tasks.heads import (
     linear_head,
     linear_logits,
     mean_pool_features,
+    prototype_head,
     zero_shot_head,
 )
 from pefusion_jax.tasks.metrics import (
@@ -64,6 +65,7 @@ __all__ = [
     "mean_pool_features",
     "parquet_source",
     "pearson",
+    "prototype_head",
     "spearman",
     "squared_error",
     "text_task",

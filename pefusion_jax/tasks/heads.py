@@ -113,7 +113,56 @@ def zero_shot_head(
         raise ValueError(f"descriptions={list(descriptions)!r:.200} must be two or more different texts, one for each class")
     embedded = features_of(apply, params, encoder.texts(descriptions), encoder.trim, features=features)
     unit = embedded / np.maximum(np.linalg.norm(embedded, axis=1, keepdims=True), 1e-12)
-    width = _padded(len(descriptions), pad_to)
+    return _cosine_head(unit, pad_to, scale, features)
+
+
+def prototype_head(
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    *,
+    pad_to: int = 32,
+    scale: float = 30.0,
+    features: Callable[..., jax.Array] = cls_features,
+) -> Head:
+    r"""A head without training: cosine similarity with each class's prototype, the mean direction of its base-model features.
+
+    .. math:: e_c = \frac{\sum_{i: y_i = c} f_i / |f_i|}{|\sum_{i: y_i = c} f_i / |f_i||}
+
+    Args:
+      inputs: features of the training split, ``[n, d]``, from :func:`features_of`.
+      labels: ``[n]``, class numbers.
+      num_classes: number of classes; each needs an example.
+      pad_to: classes are padded to a multiple of this.
+      scale: factor of the cosine, the inverse temperature of the softmax.
+      features: the function that made ``inputs``; stored in the head.
+
+    Returns:
+      A head with ``cosine_logits``.
+
+    Raises:
+      ValueError: if shapes do not fit, values are not finite, a label is not a class, or a class has no direction.
+
+    Reference: J. Snell et al., Prototypical Networks for Few-shot Learning, 2017; here with cosines instead of squared
+    distances, and with nothing trained.
+    """
+    x, y = np.asarray(inputs, np.float32), np.asarray(labels)
+    if x.ndim != 2 or y.shape != x.shape[:1] or not np.isfinite(x).all():
+        raise ValueError(f"features {x.shape} and labels {y.shape} must be finite [n, d] and [n]")
+    if num_classes < 2 or set(np.unique(y).tolist()) != set(range(num_classes)):
+        raise ValueError(
+            f"the labels {np.unique(y).tolist()!r:.200} must be all of 0 to {num_classes - 1}: no class is without an example"
+        )
+    sums = np.zeros((num_classes, x.shape[1]), np.float64)
+    np.add.at(sums, y, x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
+    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+    if lengths.min() < 1e-6:
+        raise ValueError(f"the features of class {int(lengths.argmin())} cancel each other: it has no direction")
+    return _cosine_head((sums / lengths).astype(np.float32), pad_to, scale, features)
+
+
+def _cosine_head(unit: np.ndarray, pad_to: int, scale: float, features: Callable[..., jax.Array]) -> Head:
+    width = _padded(len(unit), pad_to)
     classes = np.zeros((width, unit.shape[1]), np.float32)
     classes[: len(unit)] = unit
     fixed = {"classes": jnp.asarray(classes), "scale": jnp.float32(scale), "bias": _padding_bias(len(unit), width)}
@@ -226,8 +275,8 @@ def features_of(
     Args:
       apply: ``(params, **inputs) -> outputs``. Give the same function each time: programs are kept for it.
       params: of the base model.
-      inputs: encoded examples at full width, with an ``attention_mask`` ``[n, seq]``.
-      trim: cuts a batch to the smallest bucket.
+      inputs: encoded examples; texts at full width, with an ``attention_mask`` ``[n, seq]``.
+      trim: makes the model's inputs of a batch of them: for texts, cuts it to the smallest bucket.
       features: feature function.
       batch_size: rows at a time.
 
@@ -239,7 +288,9 @@ def features_of(
     """
     forward = _forward(apply, features)
     # Rows of similar length together: most batches then fit a short bucket.
-    order = np.argsort(inputs["attention_mask"].sum(axis=1), kind="stable")
+    mask = inputs.get("attention_mask")
+    count = len(next(iter(inputs.values())))
+    order = np.arange(count) if mask is None else np.argsort(mask.sum(axis=1), kind="stable")
     rows = []
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]

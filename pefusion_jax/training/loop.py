@@ -62,6 +62,7 @@ def finetune(
     log_every: int = 10,
     progress: bool | None = None,
     validate_every: int = 0,
+    penalty: tuple[Callable[..., jax.Array], Any] | None = None,
 ) -> dict[str, Any]:
     r"""Trains the adapters of one task; the base parameters are read only.
 
@@ -100,6 +101,9 @@ def finetune(
       progress: whether to show a bar; by default where standard error is a terminal.
       validate_every: number of steps between two evaluations on the validation split; the adapters with the best score are
         returned, the earliest of equals. 0: no evaluation, the last adapters are returned.
+      penalty: ``(function, arrays)`` with ``function(arrays, adapted, params, adapters) -> []``, which is added to the loss, as
+        :func:`~pefusion_jax.penalty.interference` makes it. Equal functions share compiled programs, so let it live at
+        module level and put what differs between tasks into the arrays.
 
     Returns:
       The full adapter tree: trained leaves in float32, merged with those that were held still.
@@ -147,6 +151,7 @@ def finetune(
         rate,
         mapping,
         everywhere,
+        None if penalty is None else penalty[0],
     )
     if adapters is None:
         first = train_batch(task, 0, batch_size, seed)
@@ -170,6 +175,7 @@ def finetune(
                 "accumulate": accumulate,
                 "stochastic": stochastic,
                 "validate_every": validate_every,
+                **({} if penalty is None else {"penalty": fingerprint(trees.paths(penalty[1]))}),
                 **_optimizer_config(own_optimizer, state.opt_state, schedule, learning_rate, warmup, weight_decay, steps),
             },
         )
@@ -185,6 +191,8 @@ def finetune(
     # The state is given to each step in turn, so it must not share memory with the caller's adapters.
     state = parallel.replicate(state, here, copy=True)
     params, held_there, head_params = parallel.replicate((params, held, head.params), here)
+    # The step takes what belongs to the loss as one argument.
+    of_loss = head_params if penalty is None else (head_params, parallel.replicate(penalty[1], here))
 
     primary = jax.process_index() == 0
     log = MetricsFile(log_file, after=start) if log_file is not None and primary else None
@@ -193,7 +201,7 @@ def finetune(
         with _sigterm(enabled=checkpoint_dir is not None) as asked:
             for step in range(start, steps):
                 batch = parallel.place_batch(train_batch(task, step, batch_size, seed), mapping, everywhere)
-                state, metrics = run(state, params, held_there, head_params, batch)
+                state, metrics = run(state, params, held_there, of_loss, batch)
                 done = step + 1
                 monitor.push(done, metrics)
                 if validate_every and (done % validate_every == 0 or done == steps):

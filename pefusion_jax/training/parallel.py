@@ -84,6 +84,7 @@ def compiled_step(
     schedule: Callable[..., Any] | None,
     mapping: str,
     devices: tuple[jax.Device, ...],
+    penalty: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """The mapped step for these settings: one object, so that equal shapes compile once in the life of the process."""
     step = make_step(
@@ -97,6 +98,7 @@ def compiled_step(
         stochastic=stochastic,
         schedule=schedule,
         axis_name=AXIS,
+        penalty=penalty,
     )
     return map_step(step, mapping, devices)
 

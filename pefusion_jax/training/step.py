@@ -112,6 +112,7 @@ def make_step(
     stochastic: bool = True,
     schedule: Schedule | None = None,
     axis_name: str = "data",
+    penalty: Callable[..., jax.Array] | None = None,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     r"""Builds the step that every device runs on its share of the batch.
 
@@ -133,6 +134,8 @@ def make_step(
         micro-batch: with dropout, other numbers of devices draw other masks.
       schedule: ``step -> learning rate``, for the metrics only.
       axis_name: name of the mapped axis.
+      penalty: ``(penalty_params, adapted, params, adapters) -> []``, added to :math:`L` with its gradient, once for all
+        devices. The step's ``head_params`` is then the pair ``(head_params, penalty_params)``.
 
     Returns:
       ``step(state, params, held, head_params, batch) -> (state, metrics)``: ``held`` are the adapter leaves that are not
@@ -165,6 +168,8 @@ def make_step(
 
     def step(state: State, params: Any, held: Any, head_params: Any, batch: Any) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), jax.lax.axis_index(axis_name))
+        if penalty is not None:
+            head_params, penalty_params = head_params
         loss_sum, grads = summed(state.adapters, (params, held, head_params), key, batch)
         weights = batch["weights"].astype(jnp.float32)
         local = jnp.stack([loss_sum, jnp.sum(weights), jnp.sum((weights > 0).astype(jnp.float32))])
@@ -172,6 +177,12 @@ def make_step(
         (loss_sum, weight_sum, examples), grads = jax.lax.psum((local, grads), axis_name)
         mean_loss = loss_sum / weight_sum
         grads = jax.tree.map(lambda g: g / weight_sum, grads)
+        if penalty is not None:
+            # After the reduction: every device has the same adapters, and nothing more crosses the wire.
+            added, more = jax.value_and_grad(
+                lambda trained: penalty(penalty_params, adapted, params, trees.merge(trained, held)).astype(jnp.float32)
+            )(state.adapters)
+            mean_loss, grads = mean_loss + added, jax.tree.map(jnp.add, grads, more)
 
         with jax.numpy_dtype_promotion("standard"):  # optax mixes Python floats with its integer counters
             grad_norm = optax.tree.norm(grads)

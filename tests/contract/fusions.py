@@ -20,6 +20,7 @@ class Row(NamedTuple):
       name: of the function in ``pefusion_jax.fusion``, and what follows a dash.
       make: scale -> method.
       neutral: the method at the setting that gives one tree back as it is; by default ``make(1.0)``.
+      alters: why one tree does not come back as it is at any setting; empty where it does.
       scaled: whether the scale multiplies the result, so that zero gives the base model.
       ordered: whether a task's name has a say: by the coefficient or the random draw that belongs to its place. All others
         are symmetric in the tasks.
@@ -30,18 +31,22 @@ class Row(NamedTuple):
     name: str
     make: Callable[[Any], fusion.Fusion]
     neutral: Callable[[], fusion.Fusion] | None = None
+    alters: str = ""
     scaled: bool = True
     ordered: bool = False
     trees: int = 3
     tolerance: float = 1e-5
 
 
+EQUAL = "singular values are made equal"
+BY_NAME = {"a": 1.0, "b": 2.0, "c": -1.0}
+
 # A new method is one row here.
 METHODS = [
     Row("average", lambda s: fusion.average(), scaled=False),
     Row(
         "weighted_average",
-        lambda s: fusion.weighted_average({"a": s, "b": 2 * s, "c": -s}),
+        lambda s: fusion.weighted_average({name: s * w for name, w in BY_NAME.items()}),
         lambda: fusion.weighted_average([1]),
         ordered=True,
     ),
@@ -50,11 +55,38 @@ METHODS = [
     Row("ties-per_tensor", lambda s: fusion.ties(0.5, s, trim="per_tensor"), lambda: fusion.ties(1.0, trim="per_tensor")),
     Row("dare", lambda s: fusion.dare(0.5, s), lambda: fusion.dare(1.0), ordered=True),
     Row("dare-ties", lambda s: fusion.dare(0.5, s, then="ties"), lambda: fusion.dare(1.0, then="ties"), ordered=True),
+    Row("della", lambda s: fusion.della(0.5, scale=s), lambda: fusion.della(1.0, 0.0, scale=1.0), ordered=True),
     Row("breadcrumbs", lambda s: fusion.breadcrumbs(0.5, 0.2, s), lambda: fusion.breadcrumbs(1.0, 0.0, 1.0)),
     Row("magmax", fusion.magmax),
+    Row("magnitude_prune", lambda s: fusion.magnitude_prune(0.5, s), lambda: fusion.magnitude_prune(1.0)),
     Row("consensus", lambda s: fusion.consensus(0.4, s), lambda: fusion.consensus(0.4, 1.0, agree=1)),
-    Row("slerp", lambda s: fusion.slerp(0.3), lambda: fusion.average(), scaled=False, ordered=True, trees=2),
+    Row("tall_masks", lambda s: fusion.tall_masks("a"), scaled=False, ordered=True),
+    Row("emr", lambda s: fusion.emr(), scaled=False),
+    Row("emr-task", lambda s: fusion.emr("a"), scaled=False, ordered=True),
+    Row("pcb", lambda s: fusion.pcb(0.2, s), alters="outliers are clamped and small scores weigh less"),
+    Row("slerp", lambda s: fusion.slerp(0.3), fusion.average, scaled=False, ordered=True, trees=2),
     Row("model_stock", lambda s: fusion.model_stock(), scaled=False),
+    Row(
+        "lines",
+        lambda s: fusion.lines(fusion.task_arithmetic(s), alpha=0.5, beta=0.5),
+        lambda: fusion.lines(fusion.average(), alpha=1.0, beta=0.0),
+    ),
+    Row("tsv_m", fusion.tsv_m),
+    Row("tsv_m-directions", lambda s: fusion.tsv_m(s, directions=1), alters="one direction of several is kept"),
+    Row("iso_c", fusion.iso_c, alters=EQUAL),
+    Row("iso_cts", lambda s: fusion.iso_cts(s, common=0.5), alters=EQUAL),
+    Row("svd", lambda s: fusion.svd(2, scale=s), lambda: fusion.svd(5)),
+    Row("concat", lambda s: fusion.concat(scale=s)),
+    Row("svc", lambda s: fusion.svc(fusion.task_arithmetic(s)), lambda: fusion.svc(fusion.average())),
+    Row("wudi", lambda s: fusion.wudi(steps=5, learning_rate=1e-2, scale=s)),
+    Row("cart", lambda s: fusion.cart(0.5), scaled=False),
+    Row("knots", lambda s: fusion.knots(fusion.task_arithmetic(s))),
+    # At a density below 1 the inner method would count entries, of which a dense leaf's coordinates have more, all zero.
+    Row("knots-ties", lambda s: fusion.knots(fusion.ties(1.0), s), lambda: fusion.knots(fusion.average())),
+    Row("core_space", lambda s: fusion.core_space(scale=s)),
+    Row("core_space-ties", lambda s: fusion.core_space(fusion.ties(1.0, s)), lambda: fusion.core_space(fusion.average())),
+    Row("core_space-isotropic", lambda s: fusion.core_space(scale=s, isotropize=True), alters=EQUAL),
+    Row("compress_then_merge", lambda s: fusion.compress_then_merge(2, scale=s), alters="it is brought to a rank of 2"),
 ]
 
 TASKS = ("a", "b", "c")

@@ -50,10 +50,14 @@ def close(row, found, expected):
 
 @METHOD
 def test_one_tree_comes_back_bit_for_bit(row):
-    given = changes("b")
+    given = changes("a")
     method = row.make(1.0) if row.neutral is None else row.neutral()
-    found = pf.fuse(method, {"b": given}).dense().leaves
-    for path, leaf in given.dense().leaves.items():
+    found = pf.fuse(method, {"a": given}).dense().leaves
+    expected = given.dense().leaves
+    if row.alters:
+        assert any(not np.allclose(found[path], leaf, rtol=1e-3) for path, leaf in expected.items()), "this row is no exception"
+        return
+    for path, leaf in expected.items():
         np.testing.assert_array_equal(found[path], leaf, err_msg=path)
 
 

@@ -24,25 +24,74 @@ def stacked(given, path):
     return np.stack([np.asarray(tree[path], np.float64) for tree in given.values()])
 
 
-def breadcrumbs(given, path, density, outliers, scale):
-    out = 0.0
-    for leaf in stacked(given, path):
-        flat = leaf.reshape(-1).copy()
-        order = np.argsort(-np.abs(flat), kind="stable")
-        cut = int(outliers * flat.size)
-        keep = order[cut : cut + max(1, int(density * flat.size))]
-        masked = np.zeros_like(flat)
-        masked[keep] = flat[keep]
-        out = out + masked.reshape(leaf.shape)
-    return scale * out
+def rows(leaf):
+    """Rows of PyTorch's weight: all inputs of one output, which are our kernel's columns; a vector is one row."""
+    return leaf.reshape(-1, leaf.shape[-1]).T if leaf.ndim > 1 else leaf[None]
 
 
-@pytest.mark.parametrize(("density", "outliers"), [(0.2, 0.1), (0.5, 0.0), (0.7, 0.3), (1.0, 0.0)])
+def back(laid, shape):
+    return laid.T.reshape(shape) if len(shape) > 1 else laid[0]
+
+
+def without_extremes(values, density, outliers):
+    order = np.argsort(-np.abs(values), kind="stable")
+    cut = int(outliers * values.size)
+    keep = order[cut : cut + max(1, int(density * values.size))]
+    masked = np.zeros_like(values)
+    masked[keep] = values[keep]
+    return masked
+
+
+@pytest.mark.parametrize(("density", "outliers"), [(0.2, 0.1), (0.5, 0.0), (0.5, 0.3), (1.0, 0.0)])
 def test_breadcrumbs(density, outliers):
     given = tasks()
     got = pf.fuse(fusion.breadcrumbs(density, outliers, 0.4), given)
+    whole = pf.fuse(fusion.breadcrumbs(density, outliers, 0.4, within="tensor"), given)
     for path in SHAPES:
-        np.testing.assert_allclose(got[path], breadcrumbs(given, path, density, outliers, 0.4), atol=1e-6, err_msg=path)
+        leaves = stacked(given, path)
+        by_row = sum(
+            back(np.stack([without_extremes(row, density, outliers) for row in rows(leaf)]), leaf.shape) for leaf in leaves
+        )
+        np.testing.assert_allclose(got[path], 0.4 * by_row, atol=1e-6, err_msg=path)
+        flat = sum(without_extremes(leaf.ravel(), density, outliers).reshape(leaf.shape) for leaf in leaves)
+        np.testing.assert_allclose(whole[path], 0.4 * flat, atol=1e-6, err_msg=path)
+
+
+def test_rows_of_an_embedding_are_its_rows():
+    table = {"embedding": jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)), jnp.float32)}
+    got = pf.fuse(fusion.breadcrumbs(0.2, 0.0, 1.0), [table])["embedding"]
+    np.testing.assert_array_equal((np.asarray(got) != 0).sum(1), np.ones(4))
+    got = pf.fuse(fusion.breadcrumbs(0.25, 0.0, 1.0), [{"kernel": table["embedding"]}])["kernel"]
+    np.testing.assert_array_equal((np.asarray(got) != 0).sum(0), np.ones(5))
+
+
+def test_della_drops_by_rank_and_keeps_the_expectation():
+    # One row of five ascending magnitudes, drawn 4,000 times.
+    draws, sizes = 4000, np.array([1.0, -2.0, 3.0, -4.0, 5.0], np.float32)
+    tree = {"kernel": jnp.asarray(np.repeat(sizes[:, None], draws, axis=1))}
+    pruned = np.asarray(pf.fuse(fusion.della(0.5, 0.4, 1.0, then="task_arithmetic", key=1), [tree])["kernel"])
+    chances = 0.5 + 0.4 * (np.arange(5) / 4 - 0.5)
+    assert np.abs((pruned != 0).mean(1) - chances).max() < 5 * 0.5 / np.sqrt(draws)
+    np.testing.assert_allclose(pruned.max(1)[2], 3 / chances[2], rtol=1e-6)
+    assert np.abs(pruned.mean(1) / sizes - 1).max() < 5 / np.sqrt(draws * chances.min())
+    run = jax.jit(lambda key, given: pf.fuse(fusion.della(key=key), given)["a/kernel"])
+    one, other = (np.asarray(run(jax.random.key(seed), tasks())) for seed in (0, 1))
+    assert np.any(one != other)
+
+
+@pytest.mark.parametrize("conform", ["paper", "peft"])
+def test_magnitude_prune(conform):
+    given = tasks()
+    weights = {"t0": 1.0, "t1": -0.5, "t2": 2.0}
+    got = pf.fuse(fusion.magnitude_prune(0.15, 0.5, weights=weights, conform=conform), given)
+    for path, shape in SHAPES.items():
+        kept = int(0.15 * np.prod(shape)) if conform == "peft" else max(1, int(0.15 * np.prod(shape)))
+        want = 0.0
+        for weight, leaf in zip(weights.values(), stacked(given, path), strict=True):
+            masked = without_extremes(leaf.ravel(), (kept + 0.5) / leaf.size, 0.0) * (kept > 0)
+            want = want + 0.5 * weight * masked.reshape(shape)
+        np.testing.assert_allclose(got[path], want, atol=1e-6)
+    assert np.any(got["a/bias"]) == (conform == "paper")  # 0.15 of five entries is less than one
 
 
 def test_magmax():
@@ -52,6 +101,12 @@ def test_magmax():
         leaves = stacked(given, path)
         want = 0.5 * np.take_along_axis(leaves, np.abs(leaves).argmax(0)[None], 0)[0]
         np.testing.assert_allclose(got[path], want, atol=1e-7)
+
+
+def test_magmax_of_equal_magnitudes():
+    pair = [{"x": jnp.array([1.0, -2.0])}, {"x": jnp.array([-1.0, 2.0])}]
+    np.testing.assert_array_equal(pf.fuse(fusion.magmax(1.0), pair)["x"], [1, -2])
+    np.testing.assert_array_equal(pf.fuse(fusion.magmax(1.0, conform="fusion_bench"), pair)["x"], [-1, 2])
 
 
 @pytest.mark.parametrize("agree", [0, 1, 2, 3])
@@ -116,6 +171,8 @@ def test_what_is_drawn_depends_on_the_path_and_the_key_alone():
         lambda x: fusion.dare(0.5, x),
         lambda x: fusion.dare(x, 1.0, then="ties"),
         lambda x: fusion.breadcrumbs(x, 0.1, 1.0),
+        lambda x: fusion.breadcrumbs(0.5, 0.1, x, conform="mergekit", weights=[1.0, 2.0, 3.0]),
+        lambda x: fusion.della(x, 0.4),
         lambda x: fusion.magmax(x),
         lambda x: fusion.consensus(x, 0.3),
     ],
@@ -135,8 +192,12 @@ def test_one_program_for_every_coefficient(make):
     assert len(traces) == 1
 
 
+NEUTRAL = [fusion.della(1.0, 0.0, 1.0), fusion.magnitude_prune(1.0), fusion.dare(1.0, conform="mergekit")]
+
+
 @pytest.mark.parametrize(
-    "method", [fusion.dare(1.0), fusion.breadcrumbs(1.0, 0.0, 1.0), fusion.magmax(1.0), fusion.consensus(scale=1.0, agree=1)]
+    "method",
+    [fusion.dare(1.0), fusion.breadcrumbs(1.0, 0.0, 1.0), fusion.magmax(1.0), fusion.consensus(scale=1.0, agree=1), *NEUTRAL],
 )
 def test_one_tree_at_the_neutral_setting_comes_back(method):
     given = tasks(1)
@@ -165,6 +226,13 @@ def test_wrong_settings():
         (lambda: fusion.breadcrumbs(0.95, 0.1), "more than all entries"),
         (lambda: fusion.breadcrumbs(0.2, 1.0), "add up to more|must be in"),
         (lambda: fusion.cut(-0.1), "fraction of entries to cut"),
+        (lambda: fusion.della(0.95, 0.14), "probabilities from 0.88 to 1.02"),
+        (lambda: fusion.della(then="average"), "della combines by 'task_arithmetic' or 'ties'"),
+        (lambda: fusion.breadcrumbs(within="column"), "'row' or a 'tensor'"),
+        (lambda: fusion.breadcrumbs(within="row", conform="mergekit"), "within only with conform='paper'"),
+        (lambda: fusion.dare(then="average", conform="peft"), "peft has no average after DARE"),
+        (lambda: fusion.dare(normalize=True), "normalize only with conform='mergekit'"),
+        (lambda: pf.fuse(fusion.dare(weights={"x": 1.0}, conform="peft"), tasks()), "no tree for the task 'x'"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

@@ -1,0 +1,186 @@
+"""The kinds of tuning that the suites compare, and the training of their single-task and multi-task models.
+
+A trained model is a run (``pf.load_run``) in ``WORK/KIND/SEED/TASK``; what is there is not trained again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import pefusion_jax as pf
+from pefusion_jax import tasks as task_tools
+from pefusion_jax import trees
+from pefusion_jax.runs import FILE, save_run
+from pefusion_jax.training import parallel
+from pefusion_jax.training.checkpoint import load_adapters
+from pefusion_jax.training.step import default_optimizer, init_state, learning_rate_schedule
+
+ENCODER = r".*(layer|layers)/.*(kernel|bias|scale)"
+
+
+class Kind(NamedTuple):
+    """One way of tuning.
+
+    Attributes:
+      title: for tables.
+      mode: of ``linearize``, or ``None``.
+      full: train the encoder's own weights in place of LoRA.
+      rates: peak learning rates to choose from.
+    """
+
+    title: str
+    mode: str | None
+    full: bool
+    rates: tuple[float, ...]
+
+
+# A layer-linearized LoRA at B = 0 is LoRA with its random A frozen, function for function, so one row stands for both.
+KINDS = {
+    "lora": Kind("LoRA", None, False, (1e-3, 3e-3, 1e-2)),
+    "frozen_a": Kind("LoRA, A frozen (= L-LoRA layer)", "layer", False, (1e-3, 3e-3, 1e-2)),
+    "network": Kind("L-LoRA network", "network", False, (1e-3, 3e-3, 1e-2)),
+    "full": Kind("full fine-tuning", None, True, (5e-5, 2e-4, 8e-4)),
+}
+
+
+class Base(NamedTuple):
+    """A pretrained model and how its suite is trained."""
+
+    name: str
+    model: Any
+    params: Any
+    rank: int
+    alpha: float
+    targets: str
+    steps: int
+    batch_size: int
+
+
+class Tuned(NamedTuple):
+    """All models of one kind and one seed.
+
+    Attributes:
+      adapted: the tunable model.
+      trees: task -> its adapters.
+      start: the adapters that all started from.
+      method: the adapter method.
+    """
+
+    kind: Kind
+    adapted: pf.Adapted
+    trees: dict[str, Any]
+    start: Any
+    method: Any
+
+    def changes(self, params: Any) -> dict[str, pf.Delta]:
+        """Task -> weight-space change."""
+        return {name: self.adapted.deltas(params, tree) for name, tree in self.trees.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _plain(base_model: Any, method_key: tuple[Any, ...]) -> tuple[Any, pf.Adapted]:
+    full, rank, alpha, targets = method_key
+    method: Any = pf.FullFineTuning(targets=ENCODER) if full else pf.LoRA(rank=rank, alpha=alpha, targets=targets)
+    return method, pf.adapt(base_model, method)
+
+
+_LINEAR: dict[tuple[str, int], tuple[Any, pf.Adapted, Any]] = {}
+
+
+def adapted_for(base: Base, kind_name: str, seed: int, inputs: Mapping[str, Any]) -> tuple[Any, pf.Adapted, Any]:
+    """Method, tunable model and common start of a kind and a seed; plain kinds share one model, and its programs."""
+    kind = KINDS[kind_name]
+    method, plain = _plain(base.model, (kind.full, base.rank, base.alpha, base.targets))
+    if (kind_name, seed) not in _LINEAR:
+        start = plain.init(jax.random.key(seed), base.params, **inputs)
+        adapted = plain if kind.mode is None else pf.linearize(plain, start, kind.mode)
+        _LINEAR[kind_name, seed] = (method, adapted, start)
+    return _LINEAR[kind_name, seed]
+
+
+def train(
+    base: Base,
+    kind_name: str,
+    task: Any,
+    seed: int,
+    rate: float,
+    folder: Path,
+    say: Callable[[str], None] = print,
+    **options: Any,
+) -> Any:
+    """The adapters of one task: trained, or read if the run is there."""
+    inputs = task_tools.train_batch(task, 0, base.batch_size, seed)["inputs"]
+    method, adapted, start = adapted_for(base, kind_name, seed, inputs)
+    mode = KINDS[kind_name].mode
+    if (folder / FILE).is_file():
+        return load_adapters(folder / FILE)[0]["tree"]
+    tree = pf.finetune(
+        adapted,
+        base.params,
+        task,
+        adapters=start if mode is None else adapted.init(None, base.params),
+        steps=base.steps,
+        batch_size=base.batch_size,
+        learning_rate=rate,
+        seed=seed,
+        devices=jax.devices()[:1],
+        progress=False,
+        **options,
+    )
+    _save(folder, tree, base, method, mode, start, task=task.name, learning_rate=rate, steps=base.steps, seed=seed)
+    say(f"trained {kind_name} on {task.name}, seed {seed}")
+    return tree
+
+
+def train_together(base: Base, kind_name: str, tasks: Sequence[Any], seed: int, rate: float, folder: Path) -> Any:
+    """One adapter for all tasks, the upper line: batches of the tasks in turn, as many as all single models saw together."""
+    inputs = task_tools.train_batch(tasks[0], 0, base.batch_size, seed)["inputs"]
+    method, adapted, start = adapted_for(base, kind_name, seed, inputs)
+    mode = KINDS[kind_name].mode
+    if (folder / FILE).is_file():
+        return load_adapters(folder / FILE)[0]["tree"]
+    steps = base.steps * len(tasks)
+    schedule = learning_rate_schedule(rate, "cosine", 0.1, steps)
+    optimizer = default_optimizer(schedule, 0.0)
+    devices = tuple(jax.devices()[:1])
+    tree = start if mode is None else adapted.init(None, base.params)
+    trained, held = trees.split(tree, adapted.trainable(tree))
+    head = tasks[0].head
+    run = parallel.compiled_step(
+        adapted, optimizer, head.features, head.logits, tasks[0].loss, 1, 1.0, True, schedule, "pmap", devices
+    )
+    state = parallel.replicate(init_state(trained, optimizer, seed), devices, copy=True)
+    params, held, heads = parallel.replicate((base.params, held, [task.head.params for task in tasks]), devices)
+    for step in range(steps):
+        task = tasks[step % len(tasks)]
+        batch = task_tools.train_batch(task, step // len(tasks), base.batch_size, seed)
+        state, metrics = run(state, params, held, heads[step % len(tasks)], parallel.place_batch(batch, "pmap", devices))
+        if step % 100 == 99 and not np.isfinite(np.asarray(metrics["loss"])).all():
+            raise ValueError(f"the multi-task loss is not finite at step {step}; lower the learning rate {rate}")
+    tree = trees.merge(jax.tree.map(jax.numpy.asarray, parallel.unreplicate(state.adapters)), trees.split(tree, trained)[1])
+    _save(folder, tree, base, method, mode, start, task="all", learning_rate=rate, steps=steps, seed=seed)
+    return tree
+
+
+def choose_rate(
+    base: Base, kind_name: str, task: Any, folder: Path, say: Callable[[str], None]
+) -> tuple[float, dict[str, float]]:
+    """Learning rate with the best validation score on one task, seed 0; of equal ones the smallest."""
+    found = {}
+    for rate in KINDS[kind_name].rates:
+        tree = train(base, kind_name, task, 0, rate, folder / f"{rate:g}", say)
+        inputs = task_tools.train_batch(task, 0, base.batch_size, 0)["inputs"]
+        adapted = adapted_for(base, kind_name, 0, inputs)[1]
+        found[f"{rate:g}"] = pf.evaluate(adapted, base.params, tree, [task], split="validation")[task.name]
+    best = max(found.values())
+    return min(float(rate) for rate, score in found.items() if score == best), found
+
+
+def _save(folder: Path, tree: Any, base: Base, method: Any, mode: str | None, start: Any, **notes: Any) -> None:
+    save_run(folder, tree, model=base.name, params=base.params, methods=method, mode=mode, adapters0=start, **notes)

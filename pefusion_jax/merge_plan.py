@@ -1,0 +1,295 @@
+"""What a merge of files does: which tensors of which folders become which tensor, by which method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from pefusion_jax.fusion import named
+from pefusion_jax.fusion.recipe import DTYPES, Recipe, Settings, Slice, Source, lookup
+from pefusion_jax.fusion.streamed import Job
+from pefusion_jax.interop import hub
+from pefusion_jax.interop.headers import WeightFileError
+from pefusion_jax.interop.pretrained import read_config
+from pefusion_jax.interop.weights import Weights, open_weights
+from pefusion_jax.trees import did_you_mean
+
+_LAYER = re.compile(r"((?:^|.*?\.)(?:layers?|blocks?|h))\.(\d+)\.(.+)")
+_SAME_CONFIG = ("model_type", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
+_FLOATS = tuple(jnp.dtype(name) for name in DTYPES)
+
+
+class Tensor(NamedTuple):
+    """One tensor of the result.
+
+    Attributes:
+      name: in the result.
+      inputs: ``(model, name)`` of the tensors it is made from, the base first if the job is based on it.
+      shape: of all of them.
+      dtype: of the result.
+      job: how; ``None`` copies the first input.
+    """
+
+    name: str
+    inputs: tuple[tuple[str, str], ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    job: Job | None
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+class Model(NamedTuple):
+    """A model of the recipe: its folder, ``config.json`` and headers."""
+
+    folder: Path
+    config: dict[str, Any]
+    weights: Weights
+
+
+class Plan(NamedTuple):
+    """Everything that is known before a byte of data is read.
+
+    Attributes:
+      models: by the names in the recipe; the one that configuration and tokenizer come from is first.
+      tensors: of the result, layers in order.
+      config: of the result.
+    """
+
+    models: dict[str, Model]
+    tensors: tuple[Tensor, ...]
+    config: dict[str, Any]
+
+
+def make_plan(recipe: Recipe, seed: int) -> Plan:
+    """Opens the folders (headers only) and decides on every tensor.
+
+    Raises:
+      ValueError: if models do not fit together, or the method does not take what it is given.
+      FileNotFoundError: if a folder or its weights are not there.
+    """
+    models = {name: _open(name) for name in recipe.models}
+    first = recipe.models[0]
+    _require_alike(models)
+    tensors = []
+    for name, part, rows, depth in _layout(recipe, models):
+        tensors.append(_tensor(recipe, models, seed, name, part, rows, depth))
+    config = dict(models[first].config)
+    kinds = {tensor.dtype.name for tensor in tensors if tensor.dtype in _FLOATS}
+    if recipe.dtype is not None or len(kinds) == 1:
+        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+        config[key] = recipe.dtype or kinds.pop()
+    if recipe.slices[0].sources[0].layers is not None:
+        _set_layers(config, recipe)
+    return Plan(models, tuple(tensors), config)
+
+
+def _open(name: str) -> Model:
+    folder = hub.locate(name).path
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{name} is a PEFT adapter; a merge of files is of whole models: pefusion convert {name} --out FOLDER")
+    return Model(folder, read_config(folder), open_weights(folder))
+
+
+def _require_alike(models: Mapping[str, Model]) -> None:
+    (first, known), *others = models.items()
+    for name, model in others:
+        for key in _SAME_CONFIG:
+            ours, theirs = known.config.get(key), model.config.get(key)
+            if ours is not None and theirs is not None and ours != theirs:
+                raise ValueError(
+                    f"{first} and {name} differ in {key} of config.json: {ours!r} and {theirs!r}; only models of one "
+                    "architecture can be merged"
+                )
+
+
+def _layout(recipe: Recipe, models: Mapping[str, Model]) -> Iterator[tuple[str, Slice, list[tuple[Source, str]], float]]:
+    """``(name in the result, slice, [(source, its name there)], depth)`` of every tensor, layers in order."""
+    first = recipe.models[0]
+    if recipe.slices[0].sources[0].layers is None:
+        [part] = recipe.slices
+        for name, model in models.items():
+            extra = [tensor for tensor in model.weights if tensor not in models[first].weights]
+            if extra:
+                _missing(models, first, extra[0], name)
+        counts = _layers(models[first].weights)
+        for name in sorted(models[first].weights, key=_in_order):
+            found = _LAYER.fullmatch(name)
+            depth = 0.0
+            if found:
+                layers = counts[found[1]]
+                depth = int(found[2]) / (layers - 1) if layers > 1 else 1.0
+            yield name, part, [(source, name) for source in part.sources], depth
+        return
+    for model in models.values():
+        if len(_layers(model.weights)) != 1:
+            raise ValueError(
+                f"slices need one stack of layers, but {model.folder} has {sorted(_layers(model.weights)) or 'none'}; "
+                "use models"
+            )
+    outside = [name for name in models[first].weights if not _LAYER.fullmatch(name)]
+    for name in sorted(outside, key=_in_order):
+        # What comes before the layers is the first slice's, what comes after them the last one's.
+        part = recipe.slices[0 if "embed" in name else -1]
+        yield name, part, [(source, name) for source in part.sources], 0.0
+    [stack] = _layers(models[first].weights)
+    place = 0
+    for part in recipe.slices:
+        start, end = part.sources[0].layers or (0, 0)
+        inside = models[part.sources[0].model].weights
+        for j in range(end - start):
+            rests = [found[3] for name in inside if (found := _LAYER.fullmatch(name)) and int(found[2]) == start + j]
+            if not rests:
+                raise ValueError(f"{part.sources[0].model} has no layer {start + j}; it has {_layers(inside)}")
+            depth = j / (end - start - 1) if end - start > 1 else 1.0
+            for rest in sorted(rests):
+                rows = []
+                for source in part.sources:
+                    [own] = _layers(models[source.model].weights)
+                    rows.append((source, f"{own}.{(source.layers or (0, 0))[0] + j}.{rest}"))
+                yield f"{stack}.{place}.{rest}", part, rows, depth
+            place += 1
+
+
+def _tensor(
+    recipe: Recipe,
+    models: Mapping[str, Model],
+    seed: int,
+    name: str,
+    part: Slice,
+    rows: Sequence[tuple[Source, str]],
+    depth: float,
+) -> Tensor:
+    base = None
+    if recipe.base is not None:
+        base = next((row for row in rows if row[0].model == recipe.base), None)
+        if base is None and part.sources[0].layers is None:
+            base = (Source(recipe.base, {}), name)
+        if base is None:
+            raise ValueError(
+                f"base_model {recipe.base} is not among the sources of the slice that {name} comes from; list it there"
+            )
+    others = [row for row in rows if base is None or row[0].model != recipe.base]
+    if base is not None and not others:
+        raise ValueError(f"there is nothing to merge into base_model {recipe.base}: list other models")
+    ordered = [*([base] if base is not None else []), *others]
+    infos = []
+    for source, own in ordered:
+        model = models[source.model]
+        if own not in model.weights:
+            _missing(models, source.model, own, ordered[0][0].model)
+        infos.append(model.weights.infos[own])
+    reference = infos[0]
+    inputs = tuple((source.model, own) for source, own in ordered)
+    if reference.dtype not in _FLOATS:
+        if jnp.issubdtype(reference.dtype, jnp.floating) or reference.dtype.kind == "c":
+            raise WeightFileError(
+                models[inputs[0][0]].weights.file_of(inputs[0][1]), "a merge is of float32, bfloat16 and float16 tensors",
+                tensor=inputs[0][1], found=reference.dtype, remedy="convert the model first: pefusion convert --dtype float32",
+            )  # fmt: skip
+        return Tensor(name, inputs, reference.shape, reference.dtype, None)
+    for (model, own), info in zip(inputs, infos, strict=True):
+        path = models[model].weights.file_of(own)
+        if info.shape != reference.shape:
+            vocabulary = info.shape[1:] == reference.shape[1:] and len(info.shape) == 2
+            raise WeightFileError(
+                path, f"a tensor has another shape than in {inputs[0][0]}", tensor=own, expected=list(reference.shape),
+                found=list(info.shape),
+                remedy="the models have different vocabularies: give both the same one first (transformers: "
+                "resize_token_embeddings), or leave that model out" if vocabulary else "merge models of one architecture",
+            )  # fmt: skip
+        if info.dtype not in _FLOATS:
+            raise WeightFileError(
+                path, f"a tensor is not of a kind that goes with {reference.dtype} in {inputs[0][0]}", tensor=own,
+                expected=", ".join(DTYPES), found=info.dtype,
+                remedy="convert the model first: pefusion convert --dtype float32",
+            )  # fmt: skip
+    dtype = jnp.dtype(recipe.dtype) if recipe.dtype is not None else reference.dtype
+    try:
+        job = _job(recipe, part, [row[0] for row in others], base is not None, name, depth, seed)
+    except ValueError as error:
+        raise ValueError(f"{recipe.method}, tensor {name}: {error}") from error
+    return Tensor(name, inputs, reference.shape, dtype, job)
+
+
+def _job(recipe: Recipe, part: Slice, sources: Sequence[Source], based: bool, tensor: str, depth: float, seed: int) -> Job:
+    whole: list[Settings] = [part.parameters, recipe.parameters]
+    if recipe.ours:
+        known = named.our_parameters(recipe.method)
+        per_model = {key for source in sources for key in source.parameters}
+        shared = {}
+        for key in known:
+            value = lookup(whole, key, tensor, depth) if key not in per_model else None
+            if value is not None:
+                shared[key] = value
+        each: dict[str, list[Any]] = {}
+        for key in sorted(per_model):
+            values = [lookup([source.parameters, *whole], key, tensor, depth) for source in sources]
+            for source, value in zip(sources, values, strict=True):
+                if value is None:
+                    raise ValueError(f"{source.model} has no {key}, but other models have one")
+            each[key if key in known else f"{key}s"] = values
+        if "key" in known and "key" not in shared:
+            shared["key"] = seed
+        return named.our_job(recipe.method, shared, each, count=len(sources), based=based)
+    given: dict[str, Any] = {}
+    lists: dict[str, list[float]] = {}
+    for key, parameter in named.MERGEKIT[recipe.method].items():
+        scopes = [[source.parameters, *whole] for source in sources] if parameter.per_model else [whole]
+        values = []
+        for place, scope in enumerate(scopes):
+            value = lookup(scope, key, tensor, depth)
+            where = f"{key} of {sources[place].model}" if parameter.per_model else key
+            if value is None and parameter.default is named.REQUIRED:
+                raise ValueError(f"{where} is missing: write it under parameters")
+            values.append(parameter.default if value is None else named.check(value, parameter, where))
+        if parameter.per_model:
+            lists[key] = values
+        else:
+            given[key] = values[0]
+    return named.mergekit_job(recipe.method, given, lists, count=len(sources), based=based, key=seed)
+
+
+def _missing(models: Mapping[str, Model], lacking: str, tensor: str, having: str) -> None:
+    weights = models[lacking].weights
+    raise WeightFileError(
+        weights.files[0] if len(weights.files) == 1 else weights.folder,
+        f"a tensor is missing that {having} has",
+        tensor=tensor,
+        expected=f"every tensor of {models[having].folder}",
+        found=f"{len(weights)} tensors{did_you_mean(tensor, weights)}",
+        remedy="merge models of one architecture, with or without a head alike; pefusion inspect lists what a folder holds",
+    )
+
+
+def _layers(names: Any) -> dict[str, int]:
+    """Stack of layers -> number of layers."""
+    counts: dict[str, int] = {}
+    for name in names:
+        found = _LAYER.fullmatch(name)
+        if found:
+            counts[found[1]] = max(counts.get(found[1], 0), int(found[2]) + 1)
+    return counts
+
+
+def _set_layers(config: dict[str, Any], recipe: Recipe) -> None:
+    counts = [(source.layers or (0, 0)) for source in (part.sources[0] for part in recipe.slices)]
+    key = next((key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config), None)
+    if key is None:
+        raise ValueError("config.json does not say how many layers there are, so slices cannot be written; use models")
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) == config[key]:
+        config["layer_types"] = [kinds[layer] for start, end in counts for layer in range(start, min(end, len(kinds)))]
+    config[key] = sum(end - start for start, end in counts)
+
+
+def _in_order(name: str) -> list[tuple[int, int, str]]:
+    """Sorts numbers in names as numbers."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
