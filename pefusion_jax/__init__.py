@@ -11,6 +11,7 @@ from pefusion_jax import deltas, evaluation, fusion, tasks, training, trees
 
 # One noun and its verbs.
 from pefusion_jax.adapt import Adapted, adapt
+from pefusion_jax.compression import compress, lora_of
 from pefusion_jax.deltas import Delta, LowRank, fold
 
 # Everything else takes an Adapted and trees.
@@ -21,10 +22,16 @@ from pefusion_jax.generation import generate_tokens, score_labels
 # Weights, tokenizers and image preprocessing, from Hugging Face's files.
 from pefusion_jax.interop import load_image_processor, load_peft, load_pretrained, load_tokenizer, save_peft, save_pretrained
 from pefusion_jax.linearize import linearize
+from pefusion_jax.merging import merge_files
 
 # Adapter methods.
 from pefusion_jax.methods import FullFineTuning, LoRA
+
+# Second moments of a task's data: for fusion without data, and for training that stays out of other tasks' way.
+from pefusion_jax.moment_files import load_statistics, save_statistics
+from pefusion_jax.penalty import interference
 from pefusion_jax.runs import load_run, save_run
+from pefusion_jax.statistics import statistics
 from pefusion_jax.training import finetune
 
 __all__ = [
@@ -34,6 +41,7 @@ __all__ = [
     "LoRA",
     "LowRank",
     "adapt",
+    "compress",
     "deltas",
     "evaluate",
     "evaluation",
@@ -42,16 +50,22 @@ __all__ = [
     "fuse",
     "fusion",
     "generate_tokens",
+    "interference",
     "linearize",
     "load_image_processor",
     "load_peft",
     "load_pretrained",
     "load_run",
+    "load_statistics",
     "load_tokenizer",
+    "lora_of",
+    "merge_files",
     "save_peft",
     "save_pretrained",
     "save_run",
+    "save_statistics",
     "score_labels",
+    "statistics",
     "tasks",
     "training",
     "trees",

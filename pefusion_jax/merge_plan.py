@@ -195,8 +195,8 @@ def _tensor(
                 tensor=inputs[0][1], found=reference.dtype, remedy="convert the model first: pefusion convert --dtype float32",
             )  # fmt: skip
         return Tensor(name, inputs, reference.shape, reference.dtype, None)
-    for (model, own), info in zip(inputs, infos, strict=True):
-        path = models[model].weights.file_of(own)
+    for (owner, own), info in zip(inputs, infos, strict=True):
+        path = models[owner].weights.file_of(own)
         if info.shape != reference.shape:
             vocabulary = info.shape[1:] == reference.shape[1:] and len(info.shape) == 2
             raise WeightFileError(
@@ -240,20 +240,20 @@ def _job(recipe: Recipe, part: Slice, sources: Sequence[Source], based: bool, te
             shared["key"] = seed
         return named.our_job(recipe.method, shared, each, count=len(sources), based=based)
     given: dict[str, Any] = {}
-    lists: dict[str, list[float]] = {}
+    lists: dict[str, list[Any]] = {}
     for key, parameter in named.MERGEKIT[recipe.method].items():
         scopes = [[source.parameters, *whole] for source in sources] if parameter.per_model else [whole]
-        values = []
+        settled: list[Any] = []
         for place, scope in enumerate(scopes):
             value = lookup(scope, key, tensor, depth)
             where = f"{key} of {sources[place].model}" if parameter.per_model else key
             if value is None and parameter.default is named.REQUIRED:
                 raise ValueError(f"{where} is missing: write it under parameters")
-            values.append(parameter.default if value is None else named.check(value, parameter, where))
+            settled.append(parameter.default if value is None else named.check(value, parameter, where))
         if parameter.per_model:
-            lists[key] = values
+            lists[key] = settled
         else:
-            given[key] = values[0]
+            given[key] = settled[0]
     return named.mergekit_job(recipe.method, given, lists, count=len(sources), based=based, key=seed)
 
 

@@ -179,7 +179,7 @@ def _summary(recipe: Recipe, plan: Plan, out: Any, threads: int, names: Sequence
 class _Piece(NamedTuple):
     tensor: Tensor
     start: int
-    count: int
+    entries: int
     arrays: tuple[np.ndarray, ...]
     buffers: list[np.ndarray] | None
 
@@ -232,7 +232,7 @@ class _Reading:
         if job.whole is not None:
             return self._whole(piece)
         if ties is not None:
-            out, finite = ties(piece.start, piece.count, piece.arrays, tensor.dtype)
+            out, finite = ties(piece.start, piece.entries, piece.arrays, tensor.dtype)
         elif job.coefficients is not None:
             coefficients = np.asarray(job.coefficients, np.float32)
             out, finite = streamed.linear(piece.arrays, coefficients, based=job.based, dtype=tensor.dtype)
@@ -260,7 +260,7 @@ class _Reading:
 
     def _refuse(self, piece: _Piece) -> None:
         for (model, name), array in zip(piece.tensor.inputs, piece.arrays, strict=True):
-            if not np.isfinite(array[: piece.count].astype(np.float32)).all():
+            if not np.isfinite(array[: piece.entries].astype(np.float32)).all():
                 raise WeightFileError(
                     self._models[model].file_of(name),
                     "weights are NaN or infinite",

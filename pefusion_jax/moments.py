@@ -8,7 +8,8 @@ For a layer :math:`y = x W` of one task's model, the two matrices
 say how much a change of the weight costs that task: :math:`\mathrm{tr}(\Delta W^\top G\, \Delta W\, S)` approximates the
 expected squared change of the log-likelihood (Kronecker-factored Fisher information).
 :func:`~pefusion_jax.statistics.statistics` collects them; closed-form fusion methods and
-:func:`~pefusion_jax.penalty.interference` use them. """
+:func:`~pefusion_jax.penalty.interference` use them.
+"""
 
 from __future__ import annotations
 
@@ -181,8 +182,8 @@ def compress(statistics: Statistics, *, rank: int | None = None, budget: int | N
         ranks = {name: int(rank or 0) for name in found}
     else:
         ranks = _within(statistics, found, spectra, budget)
-    kept = {name: _truncate(value, exact[name], spectra[name], ranks[name]) for name, value in found.items()}
-    moments = {
+    kept: dict[Any, Any] = {name: _truncate(value, exact[name], spectra[name], ranks[name]) for name, value in found.items()}
+    moments: dict[str, Any] = {
         path: dataclasses.replace(m, **{side: kept[path, side] for side in ("inputs", "outputs") if (path, side) in kept})
         for path, m in statistics.moments.items()
     }
@@ -207,7 +208,7 @@ def _within(statistics: Statistics, found: Mapping[Any, jax.Array], spectra: Map
         n, batch, width = matrix.shape[-1], math.prod(matrix.shape[:-2]), matrix.dtype.itemsize
         spent -= (n * n - n) * batch * width
         values = np.sort(spectra[name][0].reshape(-1, n).sum(0))[::-1]
-        total = max(float(values.sum()), np.finfo(np.float32).tiny)
+        total = max(float(values.sum()), float(np.finfo(np.float32).tiny))
         cost = (n + 1) * batch * width
         most = (n * n - n) * batch * width
         offers += [

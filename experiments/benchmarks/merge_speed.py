@@ -4,8 +4,8 @@
     python experiments/benchmarks/merge_speed.py --part peers --fusion-bench-python PATH
     python experiments/benchmarks/merge_speed.py --quick                          # both, at small sizes
 
-Part ``cores``: one d x d parameter changed by T adapters of rank r. The spectral methods fuse the pairs through their cores; the
-dense route is the same method on the multiplied-out matrices. Both are compiled beforehand; the pairs' time is a median of
+Part ``cores``: one d x d parameter changed by T adapters of rank r. The spectral methods fuse the pairs through their cores;
+the dense route is the same method on the multiplied-out matrices. Both are compiled beforehand; the pairs' time is a median of
 warm runs, the dense route runs once, and the difference between both results is measured. A method whose dense route has
 several d x d SVDs can be left to ``--time-one``: then one SVD is timed, and its time is multiplied by their number: a lower
 bound, which leaves no result to compare.

@@ -16,6 +16,7 @@ import numpy as np
 import pefusion_jax as pf
 from pefusion_jax import tasks as task_tools
 from pefusion_jax import trees
+from pefusion_jax.penalty import interference
 from pefusion_jax.runs import FILE, save_run
 from pefusion_jax.training import parallel
 from pefusion_jax.training.checkpoint import load_adapters
@@ -32,12 +33,14 @@ class Kind(NamedTuple):
       mode: of ``linearize``, or ``None``.
       full: train the encoder's own weights in place of LoRA.
       rates: peak learning rates to choose from.
+      apart: weight of the penalty on interference with the other tasks, which needs their stored moments and no data.
     """
 
     title: str
     mode: str | None
     full: bool
     rates: tuple[float, ...]
+    apart: float = 0.0
 
 
 # A layer-linearized LoRA at B = 0 is LoRA with its random A frozen, function for function, so one row stands for both.
@@ -45,12 +48,17 @@ KINDS = {
     "lora": Kind("LoRA", None, False, (1e-3, 3e-3, 1e-2)),
     "frozen_a": Kind("LoRA, A frozen (= L-LoRA layer)", "layer", False, (1e-3, 3e-3, 1e-2)),
     "network": Kind("L-LoRA network", "network", False, (1e-3, 3e-3, 1e-2)),
+    "lora_apart": Kind("LoRA + interference penalty", None, False, (1e-3, 3e-3, 1e-2), 1.0),
+    "network_apart": Kind("L-LoRA network + interference penalty", "network", False, (1e-3, 3e-3, 1e-2), 1.0),
     "full": Kind("full fine-tuning", None, True, (5e-5, 2e-4, 8e-4)),
 }
 
 
 class Base(NamedTuple):
-    """A pretrained model and how its suite is trained."""
+    """A pretrained model and how its suite is trained.
+
+    ``example`` are inputs of one batch; ``others`` gives the base model's statistics on all tasks but the named one.
+    """
 
     name: str
     model: Any
@@ -60,6 +68,8 @@ class Base(NamedTuple):
     targets: str
     steps: int
     batch_size: int
+    example: Mapping[str, Any]
+    others: Callable[[str], Mapping[str, Any]]
 
 
 class Tuned(NamedTuple):
@@ -93,12 +103,12 @@ def _plain(base_model: Any, method_key: tuple[Any, ...]) -> tuple[Any, pf.Adapte
 _LINEAR: dict[tuple[str, int], tuple[Any, pf.Adapted, Any]] = {}
 
 
-def adapted_for(base: Base, kind_name: str, seed: int, inputs: Mapping[str, Any]) -> tuple[Any, pf.Adapted, Any]:
+def adapted_for(base: Base, kind_name: str, seed: int) -> tuple[Any, pf.Adapted, Any]:
     """Method, tunable model and common start of a kind and a seed; plain kinds share one model, and its programs."""
     kind = KINDS[kind_name]
     method, plain = _plain(base.model, (kind.full, base.rank, base.alpha, base.targets))
     if (kind_name, seed) not in _LINEAR:
-        start = plain.init(jax.random.key(seed), base.params, **inputs)
+        start = plain.init(jax.random.key(seed), base.params, **base.example)
         adapted = plain if kind.mode is None else pf.linearize(plain, start, kind.mode)
         _LINEAR[kind_name, seed] = (method, adapted, start)
     return _LINEAR[kind_name, seed]
@@ -115,11 +125,12 @@ def train(
     **options: Any,
 ) -> Any:
     """The adapters of one task: trained, or read if the run is there."""
-    inputs = task_tools.train_batch(task, 0, base.batch_size, seed)["inputs"]
-    method, adapted, start = adapted_for(base, kind_name, seed, inputs)
+    method, adapted, start = adapted_for(base, kind_name, seed)
     mode = KINDS[kind_name].mode
     if (folder / FILE).is_file():
         return load_adapters(folder / FILE)[0]["tree"]
+    if KINDS[kind_name].apart:
+        options["penalty"] = interference(base.others(task.name), weight=KINDS[kind_name].apart)
     tree = pf.finetune(
         adapted,
         base.params,
@@ -140,8 +151,7 @@ def train(
 
 def train_together(base: Base, kind_name: str, tasks: Sequence[Any], seed: int, rate: float, folder: Path) -> Any:
     """One adapter for all tasks, the upper line: batches of the tasks in turn, as many as all single models saw together."""
-    inputs = task_tools.train_batch(tasks[0], 0, base.batch_size, seed)["inputs"]
-    method, adapted, start = adapted_for(base, kind_name, seed, inputs)
+    method, adapted, start = adapted_for(base, kind_name, seed)
     mode = KINDS[kind_name].mode
     if (folder / FILE).is_file():
         return load_adapters(folder / FILE)[0]["tree"]
@@ -175,8 +185,7 @@ def choose_rate(
     found = {}
     for rate in KINDS[kind_name].rates:
         tree = train(base, kind_name, task, 0, rate, folder / f"{rate:g}", say)
-        inputs = task_tools.train_batch(task, 0, base.batch_size, 0)["inputs"]
-        adapted = adapted_for(base, kind_name, 0, inputs)[1]
+        adapted = adapted_for(base, kind_name, 0)[1]
         found[f"{rate:g}"] = pf.evaluate(adapted, base.params, tree, [task], split="validation")[task.name]
     best = max(found.values())
     return min(float(rate) for rate, score in found.items() if score == best), found

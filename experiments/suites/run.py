@@ -24,7 +24,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a script
 
 import pefusion_jax as pf
-from experiments.suites import data, scoring, tables
+from experiments.suites import claims, data, scoring, tables
 from experiments.suites.fetch import default_root
 from experiments.suites.kinds import KINDS, Base, Tuned, adapted_for, choose_rate, train, train_together
 from experiments.suites.methods import LENGTHS, METHODS, Context, Method
@@ -56,7 +56,7 @@ class Settings:
     """Seeds of adapters and data order."""
     kinds: tuple[str, ...] = ("lora", "frozen_a", "network", "full")
     """Kinds of tuning, see kinds.py."""
-    stages: tuple[Literal["train", "fuse", "tables"], ...] = ("train", "fuse", "tables")
+    stages: tuple[Literal["train", "fuse", "claims", "tables"], ...] = ("train", "fuse", "claims", "tables")
     """What to do; later stages use what earlier ones left."""
     steps: int = 120
     """Training steps of each adapter."""
@@ -102,24 +102,22 @@ def main(settings: Settings) -> None:
     base, tasks = load(settings)
     say(f"{base.name}: {len(tasks)} tasks: {', '.join(task.name for task in tasks)}")
     if "zero-shot" not in rows:
-        inputs = task_tools.train_batch(tasks[0], 0, base.batch_size, 0)["inputs"]
-        plain = adapted_for(base, "lora", 0, inputs)[1]
+        plain = adapted_for(base, "lora", 0)[1]
         zero = evaluation.evaluate_base(plain, base.params, tasks, batch_size=scoring.BATCH)
         rows.put("zero-shot", seed=None, kind="base model", method="zero-shot", data="none", **zero.to_dict())
         say(f"zero-shot: {zero.mean:.3f}")
     rates = chosen_rates(settings, base, tasks, rows, work, say)
     for seed in settings.seeds:
         for kind in settings.kinds:
-            if "train" in settings.stages:
-                tuned = trained(settings, base, tasks, kind, seed, rates[kind], work, say)
+            tuned = trained(settings, base, tasks, kind, seed, rates[kind], work, say)
             if "fuse" in settings.stages:
-                tuned = trained(settings, base, tasks, kind, seed, rates[kind], work, say)
                 fuse_all(base, tasks, kind, seed, tuned, rows, work / kind / str(seed), say)
+            if "claims" in settings.stages and seed == settings.seeds[0] and not tuned.kind.full:
+                measure(base, tasks, kind, seed, tuned, rows, settings.out, say)
         if "lora" in settings.kinds and "train" in settings.stages and f"multi-task/{seed}" not in rows:
             folder = work / "multi-task" / str(seed) / "all"
             tree = train_together(base, "lora", tasks, seed, rates["lora"], folder)
-            inputs = task_tools.train_batch(tasks[0], 0, base.batch_size, seed)["inputs"]
-            scores = evaluation.evaluate(adapted_for(base, "lora", seed, inputs)[1], base.params, tree, tasks)
+            scores = evaluation.evaluate(adapted_for(base, "lora", seed)[1], base.params, tree, tasks)
             rows.put(f"multi-task/{seed}", seed=seed, kind="lora", method="multi-task training", data="all", **scores.to_dict())
             say(f"seed {seed}: multi-task LoRA {scores.mean:.3f}")
     if "tables" in settings.stages:
@@ -148,7 +146,27 @@ def load(settings: Settings) -> tuple[Base, list[Any]]:
         for task in tasks
     ]
     targets = r".*/(query|value|q|v)"
-    return Base(name, model, params, settings.rank, settings.alpha, targets, settings.steps, settings.batch_size), tasks
+    work = settings.work or default_root() / "adapters" / settings.suite
+
+    @functools.cache
+    def at_base() -> dict[str, Any]:
+        """Statistics of the base model, which each task's owner can publish before anything is trained."""
+        made = base._replace(others=lambda name: {})
+        tuned = Tuned(KINDS["lora"], *_untrained(made, tasks))
+        return collected(made, tasks, tuned, work / "base", kinds=("inputs", "outputs"))
+
+    def others(name: str) -> dict[str, Any]:
+        return {task: found for task, found in at_base().items() if task != name}
+
+    shape = (settings.rank, settings.alpha, targets, settings.steps, settings.batch_size)
+    example = task_tools.train_batch(tasks[0], 0, settings.batch_size, 0)["inputs"]
+    base = Base(name, model, params, *shape, example, others)
+    return base, tasks
+
+
+def _untrained(base: Base, tasks: Any) -> tuple[pf.Adapted, dict[str, Any], Any, Any]:
+    method, adapted, start = adapted_for(base, "lora", 0)
+    return adapted, {task.name: start for task in tasks}, start, method
 
 
 def _by_length(examples: Any) -> Any:
@@ -171,8 +189,7 @@ def chosen_rates(settings: Settings, base: Base, tasks: Any, rows: Rows, work: P
 
 def trained(settings: Settings, base: Base, tasks: Any, kind: str, seed: int, rate: float, work: Path, say: Any) -> Tuned:
     trees = {task.name: train(base, kind, task, seed, rate, work / kind / str(seed) / task.name, say) for task in tasks}
-    inputs = task_tools.train_batch(tasks[0], 0, base.batch_size, seed)["inputs"]
-    method, adapted, start = adapted_for(base, kind, seed, inputs)
+    method, adapted, start = adapted_for(base, kind, seed)
     return Tuned(KINDS[kind], adapted, trees, start, method)
 
 
@@ -182,9 +199,7 @@ def fuse_all(base: Base, tasks: Any, kind: str, seed: int, tuned: Tuned, rows: R
     pairs = tuned.changes(params)
     changes = scoring.dense_changes(pairs)
     make = scoring.affine_scorer if tuned.kind.mode == "network" else scoring.plain_scorer
-    plain = (
-        tuned.adapted if tuned.kind.mode == "network" else adapted_for(base, "full" if tuned.kind.full else "lora", 0, {})[1]
-    )
+    plain = tuned.adapted if tuned.kind.mode == "network" else adapted_for(base, "full" if tuned.kind.full else "lora", 0)[1]
     own_key = f"{kind}/{seed}/single-task models"
     if own_key not in rows:
         own, reference = {}, {}
@@ -203,7 +218,7 @@ def fuse_all(base: Base, tasks: Any, kind: str, seed: int, tuned: Tuned, rows: R
     reference = rows.found[own_key]["reference"]
     score = make(plain, params, tasks)
     length = float(np.mean([scoring.norm(change) for change in changes.values()]))
-    context = Context(plain, params, tasks, functools.cache(lambda: collected(base, tasks, tuned, folder, say)))
+    context = Context(plain, params, tasks, functools.cache(lambda: collected(base, tasks, tuned, folder)))
     is_pair = all(isinstance(leaf, pf.LowRank) for change in pairs.values() for leaf in change.leaves.values())
     for name, method in METHODS.items():
         key = f"{kind}/{seed}/{name}"
@@ -214,16 +229,33 @@ def fuse_all(base: Base, tasks: Any, kind: str, seed: int, tuned: Tuned, rows: R
             say(f"{kind}, seed {seed}, {name}: {row['mean']:.3f} ({row['chosen']}; {time.monotonic() - start:.0f} s)")
 
 
-def collected(base: Base, tasks: Any, tuned: Tuned, folder: Path, say: Any) -> dict[str, Any]:
-    """Statistics of each tuned model on 128 of its own training inputs, stored beside its adapter."""
+def measure(base: Base, tasks: Any, kind: str, seed: int, tuned: Tuned, rows: Rows, out: Path, say: Any) -> None:
+    """The figures behind the paper's claims, for one kind of tuning."""
+    plain = tuned.adapted if tuned.kind.mode == "network" else adapted_for(base, "lora", 0)[1]
+    own = rows.found[f"{kind}/{seed}/single-task models"]
+    parts = {
+        "angles": lambda: claims.angles(tuned, base.params, out, kind),
+        "disentanglement": lambda: claims.disentanglement(tuned, base, tasks, out, kind),
+        "subsets": lambda: claims.over_subsets(tuned, plain, base, tasks, own["scores"], own["reference"]),
+    }
+    for name, part in parts.items():
+        key = f"claims/{kind}/{name}"
+        if key not in rows:
+            rows.put(key, **part())
+            say(f"{kind}: {name}: {rows.found[key]}")
+
+
+def collected(
+    base: Base, tasks: Any, tuned: Tuned, folder: Path, kinds: Any = ("inputs", "outputs", "fisher")
+) -> dict[str, Any]:
+    """Statistics of each model on 128 of its own training inputs, stored beside its adapter."""
     found = {}
     for task in tasks:
         path = folder / task.name / "statistics.safetensors"
         if not path.is_file():
-            kinds = ("inputs", "outputs", "fisher")
+            path.parent.mkdir(parents=True, exist_ok=True)
             made = pf.statistics(tuned.adapted, base.params, tuned.trees[task.name], task, kinds=kinds, examples=128)
             pf.save_statistics(path, made)
-            say(f"statistics of {task.name}")
         found[task.name] = pf.load_statistics(path)
     return found
 

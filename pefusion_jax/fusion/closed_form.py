@@ -179,7 +179,7 @@ def gram(
     off_diagonal: float = 0.95,
     damping: float = 1e-3,
     iterations: int = 60,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-4,
     rank: int | None = None,
     normalize: bool = True,
 ) -> Fusion:
@@ -267,7 +267,7 @@ def gram_residual(
     """
     names = tuple(sorted(deltas))
     nothing = {p: jnp.zeros(c.shape, c.dtype) for d in deltas.values() for p, c in d.leaves.items()}
-    by_path = {p: tuple(dense(deltas[name].leaves.get(p, zero)) for name in names) for p, zero in nothing.items()}
+    by_path: Changes = {p: tuple(dense(deltas[name].leaves.get(p, zero)) for name in names) for p, zero in nothing.items()}
     found, _ = matched({t: s.moments for t, s in statistics.items()}, names, by_path, moments_shape)
     scales = {p: residual(by_path[p], found[p], merged.leaves[p], off_diagonal, damping, normalize) for p in found}
     return {p: float(value) for p, value in scales.items()}

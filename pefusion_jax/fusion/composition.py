@@ -140,12 +140,12 @@ def _recursion(method: Fusion, count: int) -> tuple[float, float]:
         ) from error
     if isinstance(before, jax.core.Tracer):
         raise ValueError("the method's weights are traced, so they cannot be compared; pass numbers")
-    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
-    largest = int(np.argmax(np.abs(before)))
-    kept = after[largest] / before[largest] if before[largest] else 1.0
-    if not np.allclose(after[:-1], kept * before, rtol=1e-6, atol=1e-12):
+    old, new = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    largest = int(np.argmax(np.abs(old)))
+    kept = new[largest] / old[largest] if old[largest] else 1.0
+    if not np.allclose(new[:-1], kept * old, rtol=1e-6, atol=1e-12):
         raise ValueError("the method's weights for one tree more are no multiple of those before; fuse again from the trees")
-    return float(kept), float(after[-1])
+    return float(kept), float(new[-1])
 
 
 def _combine(weighted: Mapping[str, tuple[float, Tree]], adapted: Any, params: Any, displacement: bool) -> Tree:

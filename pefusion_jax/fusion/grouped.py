@@ -73,7 +73,7 @@ def per_group(coefficients: Mapping[str, Mapping[str, Any]], groups: GroupOf = b
         return Fusion(lambda stacked: combine_stacked(stacked, of), changes=lambda given: combine_changes(given, of))
 
     def unbound(stacked: Any) -> Any:
-        return bind(_numbered(len(jax.tree.leaves(stacked)[0]))).apply(stacked)
+        return bind(numbered(len(jax.tree.leaves(stacked)[0]))).apply(stacked)
 
     return Fusion(unbound, bind=bind)
 
@@ -102,6 +102,6 @@ def combine_changes(changes: Changes, coefficients: Callable[[str], Any]) -> dic
     return out
 
 
-def _numbered(count: int) -> tuple[str, ...]:
+def numbered(count: int) -> tuple[str, ...]:
     """Names of trees that are given as a sequence."""
     return tuple(f"tree {i}" for i in range(count))

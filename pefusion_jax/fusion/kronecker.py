@@ -3,7 +3,7 @@ r"""Solves :math:`\sum_t G_t X S_t = \sum_t G_t \Delta W_t S_t` for many layers 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -94,24 +94,24 @@ def solve(
 
 
 @jax.jit
-def regression(terms: list[tuple[Any, Moment]], off_diagonal: Any, damping: Any) -> jax.Array:
+def regression(terms: list[tuple[Any, Any]], off_diagonal: Any, damping: Any) -> jax.Array:
     """Solves ``sum G_t X = sum G_t D_t``, with shrunk and damped moments, for ``[(D_t as a matrix or a pair, G_t)]``."""
-    known = [(side, damped(g, off_diagonal, damping)) for side, g in terms]
-    right = sum(_matmul(times(g, d[0]), d[1]) if isinstance(d, tuple) else times(g, d) for d, g in known)
+    known: list[Any] = [(side, damped(g, off_diagonal, damping)) for side, g in terms]
+    right = _sum(_matmul(times(g, d[0]), d[1]) if isinstance(d, tuple) else times(g, d) for d, g in known)
     # One unit for all: the system is as it was, and float32 has room above and below.
     largest = functools.reduce(jnp.maximum, [moment_trace(g) for _, g in known])
     unit = 1.0 / jnp.maximum(largest, jnp.finfo(largest.dtype).tiny)
     right = right * unit[..., None, None]
     if all(_is_diagonal(g) for _, g in known):
-        total = sum(g.diagonal for _, g in known) * unit[..., None]  # type: ignore[union-attr]
+        total = _sum(g.diagonal for _, g in known) * unit[..., None]
         return jnp.where(total[..., None] > 0, right / jnp.where(total > 0, total, jnp.ones_like(total))[..., None], 0.0)
-    return jnp.linalg.solve(sum(dense_moment(g) for _, g in known) * unit[..., None, None], right)
+    return jnp.linalg.solve(_sum(dense_moment(g) for _, g in known) * unit[..., None, None], right)
 
 
 @jax.jit
 def weighted(terms: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
     """Element-wise average of ``[(D_t, F_t)]`` with the weights ``F_t``."""
-    return sum(f * d for d, f in terms) / sum(f for _, f in terms)  # type: ignore[return-value]
+    return _sum(f * d for d, f in terms) / _sum(f for _, f in terms)
 
 
 def truncated(change: Change, moments: Moments, off_diagonal: Any, damping: Any, rank: int) -> Change:
@@ -133,8 +133,8 @@ def residual(changes: Any, found: Any, merged: Change, off_diagonal: Any, dampin
 @jax.jit
 def _residual(terms: list[Any], x: jax.Array, off_diagonal: Any, damping: Any, normalize: bool) -> jax.Array:
     left, right, sides = _prepared(terms, off_diagonal, damping, normalize)
-    b = sum(_from_both(g, side, s) for g, side, s in zip(left, sides, right, strict=True))
-    ax = sum(times_right(times(g, x), s) for g, s in zip(left, right, strict=True))
+    b = _sum(_from_both(g, side, s) for g, side, s in zip(left, sides, right, strict=True))
+    ax = _sum(times_right(times(g, x), s) for g, s in zip(left, right, strict=True))
     return jnp.linalg.norm(b - ax) / jnp.maximum(jnp.linalg.norm(b), jnp.finfo(b.dtype).tiny)
 
 
@@ -158,8 +158,12 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _is_diagonal(moment: Moment) -> bool:
+def _is_diagonal(moment: Any) -> bool:
     return isinstance(moment, Spectral) and not moment.values.shape[-1]
+
+
+def _sum(terms: Iterable[Any]) -> Any:
+    return functools.reduce(jnp.add, terms)
 
 
 def _matrix(side: Any) -> jax.Array:
@@ -182,15 +186,15 @@ def _divided(moment: Moment, by: jax.Array) -> Moment:
 
 def _prepared(terms: list[Any], off_diagonal: Any, damping: Any, normalize: bool) -> tuple[list[Any], list[Any], list[Any]]:
     """Shrunk, damped and scaled moments: of trace 1 each, or with one unit for all tasks."""
-    traces = [(moment_trace(g), moment_trace(s)) for _, g, s in terms]
+    traces: list[Any] = [(moment_trace(g), moment_trace(s)) for _, g, s in terms]
     largest = [functools.reduce(jnp.maximum, side) for side in zip(*traces, strict=True)]
-    traces = [tuple(jnp.where(normalize, one, all_) for one, all_ in zip(t, largest, strict=True)) for t in traces]  # type: ignore[misc]
+    traces = [tuple(jnp.where(normalize, one, all_) for one, all_ in zip(t, largest, strict=True)) for t in traces]
     left = [_divided(damped(g, off_diagonal, damping), t[0]) for (_, g, _), t in zip(terms, traces, strict=True)]
     right = [_divided(damped(s, off_diagonal, damping), t[1]) for (_, _, s), t in zip(terms, traces, strict=True)]
     return left, right, [side for side, _, _ in terms]
 
 
-def _eigen(moment: Moment) -> tuple[jax.Array | None, jax.Array]:
+def _eigen(moment: Any) -> tuple[jax.Array | None, jax.Array]:
     """Eigenvectors (``None`` for the identity) and eigenvalues of a positive semi-definite moment."""
     if _is_diagonal(moment):
         return None, moment.diagonal
@@ -198,11 +202,11 @@ def _eigen(moment: Moment) -> tuple[jax.Array | None, jax.Array]:
     return vectors, jnp.maximum(values, jnp.zeros((), values.dtype))
 
 
-def _mean(moments: list[Moment]) -> Moment:
+def _mean(moments: list[Any]) -> Moment:
     if all(_is_diagonal(m) for m in moments):
-        total = sum(m.diagonal for m in moments)  # type: ignore[union-attr]
-        return Spectral(moments[0].vectors, moments[0].values, total / len(moments))  # type: ignore[union-attr, operator]
-    return sum(dense_moment(m) for m in moments) / len(moments)
+        total = _sum(m.diagonal for m in moments)
+        return Spectral(moments[0].vectors, moments[0].values, total / len(moments))
+    return _sum(dense_moment(m) for m in moments) / len(moments)
 
 
 def _into(basis: jax.Array | None, x: jax.Array) -> jax.Array:
@@ -231,7 +235,7 @@ def _solve(
     v, sig = _eigen(_mean(right))
     dtype = lam.dtype
     # The system's own diagonal in these bases; where it vanishes there is no data, and the start is kept.
-    scale = sum(_along(u, g)[..., :, None] * _along(v, s)[..., None, :] for g, s in zip(left, right, strict=True))
+    scale = _sum(_along(u, g)[..., :, None] * _along(v, s)[..., None, :] for g, s in zip(left, right, strict=True))
     floor = jnp.finfo(dtype).eps * jnp.max(scale, axis=(-2, -1), keepdims=True)
     inverse = jnp.where(scale > floor, 1.0 / jnp.maximum(scale, jnp.maximum(floor, jnp.finfo(dtype).tiny)), 0.0)
 
@@ -240,15 +244,15 @@ def _solve(
         return _flip(_out_of(v, _flip(_out_of(u, inner))))
 
     def operator(x: jax.Array) -> jax.Array:
-        return sum(times_right(times(g, x), s) for g, s in zip(left, right, strict=True))
+        return _sum(times_right(times(g, x), s) for g, s in zip(left, right, strict=True))
 
     def dot(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.sum(a * b, axis=(-2, -1), keepdims=True)
 
-    start = sum(_matrix(side) for side in sides) / len(sides)
+    start = _sum(_matrix(side) for side in sides) / len(sides)
     # The residual at the start, from differences: nothing large cancels where tasks agree.
-    residual = sum(times_right(times(g, _matrix(side) - start), s) for g, side, s in zip(left, sides, right, strict=True))
-    target = sum(_from_both(g, side, s) for g, side, s in zip(left, sides, right, strict=True))
+    residual = _sum(times_right(times(g, _matrix(side) - start), s) for g, side, s in zip(left, sides, right, strict=True))
+    target = _sum(_from_both(g, side, s) for g, side, s in zip(left, sides, right, strict=True))
     goal = jnp.square(jnp.asarray(tolerance, dtype)) * dot(target, precondition(target))
     z = precondition(residual)
 

@@ -20,7 +20,8 @@ def stacked_layers(leaves: Mapping[str, tuple[Any, ...]], stacks: Collection[str
     """Finds the nodes whose leaves are stacked layers.
 
     A node counts if its name is one of ``stacks``, it is the outermost such node of its paths, what follows are modules and
-    not layer numbers, and all leaves below it have the same leading axis.
+    not layer numbers, and all leaves below it have the same leading axis; one beyond their own two, where a leaf is a pair or a
+    kernel, an embedding or a LoRA factor by name.
 
     Args:
       leaves: slash path -> the leaf in each task.
@@ -33,8 +34,7 @@ def stacked_layers(leaves: Mapping[str, tuple[Any, ...]], stacks: Collection[str
     for path, of_tasks in leaves.items():
         node = _node(path, stacks)
         if node is not None:
-            shape = of_tasks[0].shape
-            sizes.setdefault(node, set()).add(shape[0] if shape else 0)
+            sizes.setdefault(node, set()).add(_leading(path, of_tasks[0]))
     return {node: found.pop() for node, found in sizes.items() if len(found) == 1 and 0 not in found}
 
 
@@ -72,6 +72,14 @@ def _node(path: str, stacks: Collection[str]) -> str | None:
             # A module called "layer" that holds parameters itself is a layer, not a stack of them.
             return None if segments[place + 1].isdigit() or place + 2 == len(segments) else "/".join(segments[: place + 1])
     return None
+
+
+def _leading(path: str, leaf: Any) -> int:
+    """Size of the axis that may be that of layers; 0 where there is none to spare."""
+    if isinstance(leaf, LowRank):
+        return leaf.a.shape[0] if leaf.a.ndim > 2 else 0
+    own = 2 if path.rpartition("/")[2] in ("kernel", "embedding", "lora_a", "lora_b") else 0
+    return leaf.shape[0] if len(leaf.shape) > own else 0
 
 
 def _below(path: str, counts: Mapping[str, int]) -> str | None:

@@ -295,7 +295,7 @@ def _our_ties(given: Mapping[str, Any], count: int) -> Ties | None:
         densities=(float(density),) * count,
         weights=tuple(map(float, weights)),
         scale=float(scale),
-        count=given.get("elect") == "count",
+        by_count=given.get("elect") == "count",
         mean=given.get("reduce") != "sum" and given.get("normalize") is not False,
         weighted=conform == "mergekit",
     )

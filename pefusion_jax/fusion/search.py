@@ -30,11 +30,11 @@ from pefusion_jax import trees
 from pefusion_jax.deltas import Delta
 from pefusion_jax.fusion.grouped import (
     GroupOf,
-    _numbered,
     by_layer,
     by_tensor,
     combine_changes,
     combine_stacked,
+    numbered,
     per_group,
     whole,
 )
@@ -264,7 +264,7 @@ def _searched(find: Callable[[_Space], tuple[np.ndarray, list[Any]]], groups: Gr
 
         return Fusion(apply, changes=changes)
 
-    return Fusion(lambda stacked: bind(_numbered(len(jax.tree.leaves(stacked)[0]))).apply(stacked), bind=bind)
+    return Fusion(lambda stacked: bind(numbered(len(jax.tree.leaves(stacked)[0]))).apply(stacked), bind=bind)
 
 
 def _by_adam(

@@ -33,7 +33,7 @@ class Ties(NamedTuple):
       densities: of each task.
       weights: of each task.
       scale: of the result.
-      count: elect signs by the number of tasks, not by the sum.
+      by_count: elect signs by the number of tasks, not by the sum.
       mean: divide by what agrees: by the number of tasks, or with ``weighted`` by the sum of their weights.
       weighted: mergekit's: entries are weighted before the election, and undecided coordinates take plus. Else the paper's:
         they take the sign that most coordinates elected.
@@ -42,7 +42,7 @@ class Ties(NamedTuple):
     densities: tuple[float, ...]
     weights: tuple[float, ...]
     scale: float = 1.0
-    count: bool = False
+    by_count: bool = False
     mean: bool = True
     weighted: bool = False
 
@@ -238,7 +238,7 @@ class _Census(NamedTuple):
 def _census(read: Read, size: int, low: np.ndarray, high: np.ndarray) -> _Census:
     """Counts what is above, at and inside of brackets of magnitudes; collects what is strictly inside."""
     tasks = len(low)
-    found = _Census([0] * tasks, *([[] for _ in range(tasks)] for _ in range(3)))
+    found = _Census([0] * tasks, [[] for _ in range(tasks)], [[] for _ in range(tasks)], [[] for _ in range(tasks)])
     for start, count in chunks(size):
         patterns, inside, above, at_high, at_low = jax.device_get(_compare(read(start, count), low, high, np.int32(count)))
         for t in range(tasks):
@@ -309,7 +309,7 @@ def _trimmed(vectors: list[jax.Array], threshold: jax.Array, first: jax.Array) -
 
 
 def _vote(kept: list[jax.Array], settings: Ties) -> jax.Array:
-    return _sum([jnp.sign(vector) for vector in kept] if settings.count else kept)
+    return _sum([jnp.sign(vector) for vector in kept] if settings.by_count else kept)
 
 
 def _sum(values: list[jax.Array]) -> jax.Array:

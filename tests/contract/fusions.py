@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 
 import pefusion_jax as pf
 from pefusion_jax import fusion
+from pefusion_jax.moments import Moments, Statistics
 
 
 class Row(NamedTuple):
@@ -25,6 +27,7 @@ class Row(NamedTuple):
       ordered: whether a task's name has a say: by the coefficient or the random draw that belongs to its place. All others
         are symmetric in the tasks.
       trees: number of task trees; the methods between two trees take 2.
+      traced: whether it runs under ``jax.jit``; searches look at values.
       tolerance: of pairs against dense leaves, scanned against unrolled layers, one order against another.
     """
 
@@ -35,9 +38,11 @@ class Row(NamedTuple):
     scaled: bool = True
     ordered: bool = False
     trees: int = 3
+    traced: bool = True
     tolerance: float = 1e-5
 
 
+FOUND = "coefficients are found, which one step of a search need not bring to 1"
 EQUAL = "singular values are made equal"
 BY_NAME = {"a": 1.0, "b": 2.0, "c": -1.0}
 
@@ -87,6 +92,21 @@ METHODS = [
     Row("core_space-ties", lambda s: fusion.core_space(fusion.ties(1.0, s)), lambda: fusion.core_space(fusion.average())),
     Row("core_space-isotropic", lambda s: fusion.core_space(scale=s, isotropize=True), alters=EQUAL),
     Row("compress_then_merge", lambda s: fusion.compress_then_merge(2, scale=s), alters="it is brought to a rank of 2"),
+    # Each task comes with its own statistics, so that its name has a say.
+    Row("fisher", lambda s: fusion.fisher(statistics(), scale=s), ordered=True),
+    Row("regmean", lambda s: fusion.regmean(statistics(), scale=s), ordered=True),
+    Row("gram", lambda s: fusion.gram(statistics(), scale=s, tolerance=1e-7, iterations=200), ordered=True, tolerance=1e-4),
+    Row("adamerging", lambda s: fusion.adamerging(towards(), steps=3), alters=FOUND, scaled=False, traced=False),
+    Row(
+        "adamerging-tasks",
+        lambda s: fusion.adamerging(towards(), layerwise=False, steps=3),
+        alters=FOUND,
+        scaled=False,
+        traced=False,
+    ),
+    Row("atlas", lambda s: fusion.atlas(towards(), steps=3), alters=FOUND, scaled=False, traced=False),
+    Row("lora_soups", lambda s: fusion.lora_soups(towards(), steps=3), alters=FOUND, scaled=False, traced=False),
+    Row("lorahub", lambda s: fusion.lorahub(towards(), budget=12), alters=FOUND, scaled=False, ordered=True, traced=False),
 ]
 
 TASKS = ("a", "b", "c")
@@ -122,3 +142,35 @@ def changes(task: str, *, layers: int = 2, stacked: bool = False) -> pf.Delta:
         leaves[f"layer/{i}/query/kernel"] = pf.LowRank(a, b, (INPUTS, OUTPUTS))
         leaves[f"layer/{i}/query/bias"] = biases[i]
     return pf.Delta(leaves)
+
+
+@functools.cache
+def statistics() -> dict[str, Statistics]:
+    """Random moments and Fisher diagonals of every parameter, for each task."""
+    rng = np.random.default_rng(5)
+
+    def moment(size: int) -> jax.Array:
+        factor = rng.normal(size=(size, 2 * size))
+        return jnp.asarray(factor @ factor.T / size, jnp.float32)
+
+    found = {}
+    for task in TASKS:
+        leaves = changes("a").leaves
+        moments = {
+            path: Moments(moment(1 if len(change.shape) == 1 else change.shape[0]), moment(change.shape[-1]))
+            for path, change in leaves.items()
+        }
+        fishers = {path: jnp.asarray(rng.gamma(1.0, size=change.shape), jnp.float32) for path, change in leaves.items()}
+        found[task] = Statistics(moments, fishers, 8)
+    return found
+
+
+def towards() -> fusion.Objective:
+    """The squared distance from a fixed change, which is half of one task's."""
+    leaves = (changes("a").dense() * 0.5).leaves
+    return fusion.Objective((fusion.Term("distance", _distance, leaves, ({},)),))
+
+
+def _distance(target: Any, fused: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    leaves = fused.dense().leaves if isinstance(fused, pf.Delta) else fused
+    return sum(jnp.sum(jnp.square(leaves[path] - leaf)) for path, leaf in target.items()), jnp.float32(1)

@@ -32,10 +32,10 @@ def results(row):
             "renamed": dict(zip(TASKS, reversed(given.values()), strict=False)),
         }
 
-        @jax.jit
         def program(scale, forms):
             return {name: pf.fuse(row.make(scale), form).dense().leaves for name, form in forms.items()}
 
+        program = jax.jit(program) if row.traced else program
         _results[row.name] = program(jnp.float32(0.7), forms) | {"zero": program(jnp.float32(0.0), forms)["pairs"]}
     return _results[row.name]
 
@@ -50,7 +50,7 @@ def close(row, found, expected):
 
 @METHOD
 def test_one_tree_comes_back_bit_for_bit(row):
-    given = changes("a")
+    given = changes("b")
     method = row.make(1.0) if row.neutral is None else row.neutral()
     found = pf.fuse(method, {"a": given}).dense().leaves
     expected = given.dense().leaves

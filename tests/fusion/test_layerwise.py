@@ -56,6 +56,12 @@ def test_what_is_no_stack_is_left_alone(path):
     assert stacked_layers({path: (jnp.zeros((3, 4)),)}, STACKS) == {}
 
 
+def test_a_matrix_of_a_module_in_layers_is_no_stack_of_vectors():
+    assert stacked_layers({"layers/dense/kernel": (jnp.zeros((3, 4)),)}, STACKS) == {}
+    assert stacked_layers({"layers/dense/kernel": (pf.LowRank(normal(0, 3, 1), normal(1, 1, 4), (3, 4)),)}, STACKS) == {}
+    assert stacked_layers({"layers/dense/kernel": (jnp.zeros((3, 4, 5)),)}, STACKS) == {"layers": 3}
+
+
 def test_leaves_that_disagree_on_the_number_of_layers_are_no_stack():
     leaves = {"layer/a/kernel": (jnp.zeros((3, 4)),), "layer/b/kernel": (jnp.zeros((2, 4)),)}
     assert stacked_layers(leaves, STACKS) == {}

@@ -18,8 +18,8 @@ import numpy as np
 LAYERS, WIDTH, FFN, VOCAB = 4, 8, 8, 8
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": FFN,
-    "vocab_size": VOCAB, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4, "hidden_act": "silu",
-    "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "float32",
+    "vocab_size": VOCAB, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4,
+    "hidden_act": "silu", "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "float32",
 }  # fmt: skip
 MODELS = ("base", "one", "two", "three")
 _EACH = ", ".join(f"{{model: {m}, parameters: {{weight: {w}}}}}" for m, w in (("one", 0.6), ("two", 1.25), ("three", -0.3)))
