@@ -16,6 +16,7 @@ import tyro
 
 from pefusion_jax import cli_files
 from pefusion_jax.quickstart import Settings
+from pefusion_jax.runs import STATISTICS
 
 Out = Annotated[str, tyro.conf.arg(help="Folder to write. It must be empty or not exist.", metavar="DIR")]
 
@@ -82,6 +83,8 @@ class Finetune:
     """Folder for the training state: the same command goes on from there after an interruption."""
     checkpoint_every: int = 100
     """Steps between two states."""
+    statistics: int = 0
+    """Training examples whose second moments are stored with the adapter, for 'fuse --method gram' and its like; no labels."""
     seed: int = 0
     """Seed of adapters, data order and dropout."""
     overwrite: bool = False
@@ -94,18 +97,20 @@ class Finetune:
 class Fuse:
     """Fuses the adapters of several runs into one.
 
-    Example:  pefusion fuse runs/spam runs/intents --method ties --density 0.2 --scale 1.0 --out runs/fused
+    Example:  pefusion fuse runs/spam runs/intents --method ties --set density=0.2 scale=1.0 --out runs/fused
+
+    Without data, from moments stored with 'finetune --statistics 128':  pefusion fuse runs/* --method gram --out runs/fused
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Folders that 'pefusion finetune' wrote, all for the same base model, method and mode."""
     out: Out
-    method: Literal["average", "task_arithmetic", "ties"] = "task_arithmetic"
-    """How to combine them."""
-    scale: float | None = None
-    """Coefficient of the fused change; the method's own default if not given."""
-    density: float = 0.2
-    """Share of entries that TIES keeps."""
+    method: str = "task_arithmetic"
+    """Name of a method of pefusion_jax.fusion."""
+    set: tuple[str, ...] = ()
+    """Arguments of the method, NAME=VALUE; its own defaults for those that are not given."""
+    rank: int | None = None
+    """Bring the fused change to this rank, and say how much of it is lost."""
     space: Literal["weight", "adapter"] = "weight"
     """Combine weight changes, or the adapters' own leaves as the papers did."""
     overwrite: bool = False
@@ -210,7 +215,20 @@ def _quickstart(given: Quickstart) -> None:
 def _finetune(given: Finetune) -> None:
     import jax
 
-    from pefusion_jax import adapt, evaluate, files, finetune, linearize, load_pretrained, runs, tasks, training, trees
+    from pefusion_jax import (
+        adapt,
+        evaluate,
+        files,
+        finetune,
+        linearize,
+        load_pretrained,
+        runs,
+        save_statistics,
+        statistics,
+        tasks,
+        training,
+        trees,
+    )
     from pefusion_jax.methods import FullFineTuning, LoRA
 
     with _only_json(given.json), files.new_folder(given.out, given.overwrite) as folder:
@@ -265,6 +283,9 @@ def _finetune(given: Finetune) -> None:
             settings=dataclasses.asdict(given),
             scores=result,
         )
+        if given.statistics:
+            found = statistics(tuned, params, tree, task, examples=given.statistics, kinds=("inputs", "outputs", "fisher"))
+            save_statistics(folder / STATISTICS, found)
         trained = trees.size(tuned.trainable(tree))
         print(f"{trained:,} trained parameters; before:\n{base}\nafter:\n{scores}\nwritten to {given.out}")
     if given.json:
@@ -274,7 +295,7 @@ def _finetune(given: Finetune) -> None:
 def _fuse(given: Fuse) -> None:
     import jax
 
-    from pefusion_jax import files, fuse, fusion, runs, trees
+    from pefusion_jax import Delta, compress, files, fuse, runs, trees
 
     if len(given.runs) < 2:
         raise ValueError("fuse needs at least two runs: pefusion fuse RUN RUN ... --out DIR")
@@ -298,14 +319,7 @@ def _fuse(given: Fuse) -> None:
             "the runs started from different adapters, so they have no common space to be fused in; train them with the same "
             "--seed, or fuse plain adapters in --space weight"
         )
-    options: dict[str, Any] = {} if given.scale is None else {"scale": given.scale}
-    method = {
-        "average": lambda: fusion.average(),
-        "task_arithmetic": lambda: fusion.task_arithmetic(**options),
-        "ties": lambda: fusion.ties(density=given.density, **options),
-    }[given.method]()
-    if given.method == "average" and options:
-        raise ValueError("--scale does not go with average, whose coefficient is 1 / the number of runs; use task_arithmetic")
+    method = _fusion_method(given)
     given_trees = {name: run.tree for name, run in loaded.items()}
     plain_start = first.adapters0 if first.spec["mode"] is None else None
     tree = (
@@ -313,6 +327,11 @@ def _fuse(given: Fuse) -> None:
         if given.space == "weight"
         else fuse(method, given_trees, space="adapter", init=plain_start)
     )
+    lost = None
+    if given.rank is not None:
+        if not isinstance(tree, Delta):
+            raise ValueError("--rank is for weight changes; fuse in --space weight")
+        tree, _, lost = compress(tree, given.rank)
     names = list(dict.fromkeys(task for run in loaded.values() for task in run.spec.get("tasks", ())))
     with files.new_folder(given.out, given.overwrite) as folder:
         runs.save_run(
@@ -328,9 +347,39 @@ def _fuse(given: Fuse) -> None:
             max_length=first.spec.get("max_length", Settings.max_length),
             settings=dataclasses.asdict(given),
         )
-    summary = {"out": given.out, "runs": list(given.runs), "method": given.method, "space": given.space, "tasks": names}
+    summary: dict[str, Any] = {"out": given.out, "runs": list(given.runs), "method": given.method, "space": given.space, "tasks": names}
     text = f"fused {len(loaded)} runs by {given.method}; written to {given.out}"
+    if lost is not None:
+        summary["residual"] = float(lost)
+        text += f"; of rank {given.rank}, which leaves out {float(lost):.1%} of the change's norm"
     print(json.dumps(summary, indent=2) if given.json else text)
+
+
+def _fusion_method(given: Fuse) -> Any:
+    """The method that a command names, with its arguments, and with the runs' statistics if it takes them."""
+    import yaml
+
+    from pefusion_jax import fusion, load_statistics
+    from pefusion_jax.fusion.named import our_parameters
+    from pefusion_jax.trees import did_you_mean
+
+    known = our_parameters(given.method)
+    arguments: dict[str, Any] = {}
+    for text in given.set:
+        name, equals, value = text.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"--set {text}: {given.method} has no argument of this form{did_you_mean(name, known)}")
+        arguments[name] = yaml.safe_load(value)
+    if "statistics" in known:
+        files = {run: Path(run) / STATISTICS for run in given.runs}
+        for run, file in files.items():
+            if not file.is_file():
+                raise ValueError(f"{given.method} needs {file}; train {run} again with --statistics 128")
+        arguments["statistics"] = {run: load_statistics(file) for run, file in files.items()}
+    try:
+        return getattr(fusion, given.method)(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{given.method} cannot be made of {', '.join(arguments) or 'nothing'}: {error}; see --set") from error
 
 
 def _evaluate(given: Evaluate) -> None:

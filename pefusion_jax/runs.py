@@ -5,6 +5,7 @@ A run is a folder with one safetensors file (see ``training.checkpoint.save_adap
     FOLDER/adapter.safetensors     tree/...       adapters, a displacement, or a weight-space change
                                    adapters0/...  the point of expansion, for linearized models
     FOLDER/config.json             the same metadata for people, with whatever else the caller records
+    FOLDER/statistics.safetensors  second moments of the task's data, if there are any: see ``pf.save_statistics``
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pefusion_jax.methods import FullFineTuning, LoRA
 from pefusion_jax.training.checkpoint import load_adapters, save_adapters
 
 FILE = "adapter.safetensors"
+STATISTICS = "statistics.safetensors"
 _METHODS = {"LoRA": LoRA, "FullFineTuning": FullFineTuning}
 
 

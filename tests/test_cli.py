@@ -17,6 +17,7 @@ def out(tmp_path_factory):
     for mode in ("plain", "network"):
         for task in ("spam", "intents"):
             given = ["finetune", "--task", task, "--mode", mode, "--out", str(folder / f"{mode}_{task}"), *TINY, *QUICK]
+            given += ["--statistics", "8"] if mode == "plain" else []
             assert main(given) == 0
     return folder
 
@@ -31,7 +32,7 @@ def test_help_shows_an_example(command, capsys):
 
 def test_finetune_writes_what_it_takes_to_go_on(out):
     found = {path.name for path in (out / "plain_spam").iterdir()}
-    assert found == {"adapter.safetensors", "config.json", "metrics.jsonl"}
+    assert found == {"adapter.safetensors", "config.json", "metrics.jsonl", "statistics.safetensors"}
     config = json.loads((out / "plain_spam" / "config.json").read_text())
     assert config["settings"]["steps"] == 3 and 0 <= config["scores"]["tuned"]["mean"] <= 1
     assert not list(out.glob(".*")), "nothing half-written stays"
@@ -40,9 +41,10 @@ def test_finetune_writes_what_it_takes_to_go_on(out):
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
-        ("plain", ["--method", "ties", "--density", "0.3"]),
+        ("plain", ["--method", "ties", "--set", "density=0.3", "trim=per_tensor", "--rank", "4"]),
+        ("plain", ["--method", "gram", "--set", "iterations=5"]),
         ("plain", ["--method", "average", "--space", "adapter"]),
-        ("network", ["--method", "task_arithmetic", "--scale", "0.5"]),
+        ("network", ["--method", "task_arithmetic", "--set", "scale=0.5"]),
     ],
 )
 def test_fuse_then_evaluate(out, mode, options, tmp_path, capsys):
@@ -69,6 +71,26 @@ def test_errors_are_one_line_and_leave_nothing(given, message, tmp_path, capsys,
     error = capsys.readouterr().err
     assert error.startswith("pefusion: ") and message in error and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "message"),
+    [
+        ("plain", ["--method", "tie"], "no fusion method 'tie'; did you mean ties?"),
+        (
+            "plain",
+            ["--method", "ties", "--set", "densty=0.3"],
+            "--set densty=0.3: ties has no argument of this form; nearest: 'density'",
+        ),
+        ("plain", ["--method", "ties", "--set", "density=3"], "density must be in (0, 1]"),
+        ("network", ["--method", "gram"], "train"),
+        ("plain", ["--space", "adapter", "--rank", "2"], "--rank is for weight changes"),
+    ],
+)
+def test_methods_that_cannot_be_used_are_refused(out, mode, options, message, tmp_path, capsys):
+    pair = [str(out / f"{mode}_spam"), str(out / f"{mode}_intents")]
+    assert main(["fuse", *pair, "--out", str(tmp_path / "fused"), *options]) == 1
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_runs_that_do_not_belong_together_are_refused(out, tmp_path, capsys):

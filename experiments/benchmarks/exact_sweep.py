@@ -84,6 +84,7 @@ def main():
     tokenizer = pf.load_tokenizer(options.model)
     model, params = tiny_model(tokenizer) if options.tiny else pf.load_pretrained(options.model)
     examples = options.examples or (16 if options.tiny else 64)
+    batch = min(64, examples)  # no row only fills up a batch
     tasks = seven_tasks(model, params, tokenizer, examples, "genre")
     lora = pf.adapt(
         model, pf.LoRA(rank=4 if options.tiny else 16, alpha=8 if options.tiny else 32, targets=r".*/(query|value)")
@@ -103,12 +104,14 @@ def main():
     fused_at = jax.jit(lambda c, taus: pf.fuse(pf.fusion.task_arithmetic(c), taus))
 
     def exact():
-        cached = cache_outputs(linear, params, taus, tasks)
+        cached = cache_outputs(linear, params, taus, tasks, batch_size=batch)
         return cached, sweep(cached, tasks, grid)
 
     def ordinary(points):
         # The tiny model's time is all overhead, which several points share.
-        return sweep_trees(linear, params, lambda c: fused_at(c, taus), points, tasks, at_once=20 if options.tiny else 1)
+        return sweep_trees(
+            linear, params, lambda c: fused_at(c, taus), points, tasks, batch_size=batch, at_once=20 if options.tiny else 1
+        )
 
     (cached, scores), first_exact = timed(exact)
     _, first_point = timed(lambda: ordinary(grid[rows[:1]]))
@@ -116,7 +119,7 @@ def main():
     measured, ordinary_seconds = timed(lambda: ordinary(grid[rows]))
     arithmetic = median_time(lambda: sweep(cached, tasks, grid))
 
-    one_pass = median_time(lambda: evaluate(linear, params, taus[tasks[0].name], tasks, split="validation"))
+    one_pass = median_time(lambda: evaluate(linear, params, taus[tasks[0].name], tasks, split="validation", batch_size=batch))
     best, first_best = timed(lambda: best_combination(cached, tasks))
     best_seconds = median_time(lambda: best_combination(cached, tasks))
     whole_grid = best_combination(cached, tasks, grid=grid)  # may choose the subset too
