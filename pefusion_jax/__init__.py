@@ -7,7 +7,7 @@ llora = pf.linearize(lora, phi0)
 """
 
 # Sub-packages that are used by name.
-from pefusion_jax import deltas, evaluation, fusion, tasks, training, trees
+from pefusion_jax import deltas, evaluation, fusion, moments, tasks, training, trees
 
 # One noun and its verbs.
 from pefusion_jax.adapt import Adapted, adapt
@@ -60,6 +60,7 @@ __all__ = [
     "load_tokenizer",
     "lora_of",
     "merge_files",
+    "moments",
     "save_peft",
     "save_pretrained",
     "save_run",

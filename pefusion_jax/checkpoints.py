@@ -158,9 +158,10 @@ def convert(
       What was written, or would be.
 
     Raises:
-      ValueError: if the source cannot become that kind, with the way out.
+      ValueError: if the source cannot become that kind, with the way out, or lies in ``out``.
       FileExistsError: if ``out`` is not empty.
     """
+    from pefusion_jax import files
     from pefusion_jax.interop import saving
 
     if to not in KINDS:
@@ -175,8 +176,8 @@ def convert(
     if dtype is not None and to != "huggingface":
         raise ValueError(f"dtype={dtype!r} goes with --to huggingface; adapters keep their own precision")
     target_folder = Path(out)
-    if target_folder.is_file() or (target_folder.is_dir() and any(target_folder.iterdir()) and not overwrite):
-        raise FileExistsError(f"{out} is not empty; name another folder, or replace it with --overwrite")
+    files.require_free(target_folder, overwrite)
+    files.require_apart(out, source.path)
     limit = saving.MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes
     names: tuple[str, ...]
     difference = None

@@ -98,7 +98,7 @@ class Verify:
     """
 
     folder: tyro.conf.Positional[str]
-    """A folder that 'pefusion convert' wrote."""
+    """A folder that 'pefusion convert' or 'pefusion merge' wrote."""
     dry_run: bool = False
     """Only list the files that the manifest names."""
     json: bool = False

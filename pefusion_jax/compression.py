@@ -6,13 +6,16 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pefusion_jax import trees
+from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.deltas import Change, Delta, LowRank
+from pefusion_jax.fusion.layerwise import stacked_layers
 from pefusion_jax.methods.lora import LoRA
 
 
@@ -30,7 +33,7 @@ class Compressed(NamedTuple):
     residual: jax.Array
 
 
-def compress(delta: Delta, rank: int) -> Compressed:
+def compress(delta: Delta, rank: int, *, stacks: Collection[str] = STACKS) -> Compressed:
     r"""The best approximation of rank r of each matrix in a change.
 
     .. math:: \hat\Delta = U_{1:r} \Sigma_{1:r} V_{1:r}^\top, \qquad \Delta = U \Sigma V^\top
@@ -42,6 +45,8 @@ def compress(delta: Delta, rank: int) -> Compressed:
     Args:
       delta: pairs, and dense arrays.
       rank: r.
+      stacks: names of nodes below which dense leaves may be layers stacked by a scan, as in
+        :func:`~pefusion_jax.fusion.fuse`: each is a matrix of its own.
 
     Raises:
       ValueError: if the rank is below 1.
@@ -53,9 +58,11 @@ def compress(delta: Delta, rank: int) -> Compressed:
         raise ValueError(f"compress needs a rank of at least 1, not {rank}")
     leaves: dict[str, Change] = {}
     lost, whole = {}, {}
+    scanned = stacked_layers({path: (change,) for path, change in delta.leaves.items()}, stacks)
     with jax.default_matmul_precision("highest"):
         for path, change in delta.leaves.items():
-            leaves[path], lost[path], whole[path] = _truncate(change, rank)
+            axes = 3 if any(path.startswith(node + "/") for node in scanned) else 2
+            leaves[path], lost[path], whole[path] = _truncate(change, rank, axes)
     residuals = {path: _ratio(lost[path], whole[path]) for path in leaves}
     return Compressed(Delta(leaves), residuals, _ratio(sum(lost.values(), jnp.float32(0)), sum(whole.values(), jnp.float32(0))))
 
@@ -112,8 +119,11 @@ def _ratio(lost: jax.Array, whole: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.where(whole > 0, lost / jnp.where(whole > 0, whole, jnp.ones_like(whole)), jnp.zeros_like(lost)))
 
 
-def _truncate(change: Change, rank: int) -> tuple[Change, jax.Array, jax.Array]:
-    """The truncated change, the squared norm of what is lost, and that of the whole change."""
+def _truncate(change: Change, rank: int, axes: int) -> tuple[Change, jax.Array, jax.Array]:
+    """The truncated change, the squared norm of what is lost, and that of the whole change.
+
+    Dense changes are matrices if they have so many axes, three where the first is that of layers.
+    """
     wide = trees.wide_dtype(change.dtype)
     if isinstance(change, LowRank):
         q_a, r_a = jnp.linalg.qr(change.a.astype(wide))
@@ -121,7 +131,7 @@ def _truncate(change: Change, rank: int) -> tuple[Change, jax.Array, jax.Array]:
         core = r_a @ r_b.mT
         if change.rank <= rank:
             return change, jnp.float32(0), _square(core)
-    elif change.ndim == 2:
+    elif change.ndim == axes:
         core = change.astype(wide)
     else:
         return change, jnp.float32(0), _square(change.astype(wide))

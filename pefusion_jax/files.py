@@ -46,6 +46,30 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2, sort_keys=True, default=str) + "\n").encode())
 
 
+def require_free(out: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuses an output folder that :func:`new_folder` would refuse, before any work is done.
+
+    Raises:
+      FileExistsError: if ``out`` holds something and ``overwrite`` is not given, or is a file.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(f"{out} is not empty; name another folder, or replace it with --overwrite")
+
+
+def require_apart(out: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
+    """Refuses an output folder whose replacement would delete something that it is made from.
+
+    Raises:
+      ValueError: if an input is the folder, or lies in it.
+    """
+    for given in inputs:
+        if Path(given).resolve().is_relative_to(Path(out).resolve()):
+            raise ValueError(f"{out} is or holds {given}, which is read here and would be replaced; name another folder")
+
+
 @contextmanager
 def new_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """A folder that appears under its name only when everything in it has been written.
@@ -57,11 +81,8 @@ def new_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator
     Raises:
       FileExistsError: if ``out`` holds something and ``overwrite`` is not given, or is a file.
     """
+    require_free(out, overwrite)
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(f"{out} is not empty; name another folder, or replace it with --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = _aside(out)
     staging.mkdir()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,33 +128,32 @@ def _layout(recipe: Recipe, models: Mapping[str, Model]) -> Iterator[tuple[str, 
                 depth = int(found[2]) / (layers - 1) if layers > 1 else 1.0
             yield name, part, [(source, name) for source in part.sources], depth
         return
-    for model in models.values():
-        if len(_layers(model.weights)) != 1:
-            raise ValueError(
-                f"slices need one stack of layers, but {model.folder} has {sorted(_layers(model.weights)) or 'none'}; "
-                "use models"
-            )
+    stacks: dict[str, str] = {}
+    inside: dict[str, dict[int, list[str]]] = {}
+    for owner, model in models.items():
+        own = _layers(model.weights)
+        if len(own) != 1:
+            raise ValueError(f"slices need one stack of layers, but {model.folder} has {sorted(own) or 'none'}; use models")
+        [stacks[owner]] = own
+        inside[owner] = _by_layer(model.weights)
     outside = [name for name in models[first].weights if not _LAYER.fullmatch(name)]
     for name in sorted(outside, key=_in_order):
         # What comes before the layers is the first slice's, what comes after them the last one's.
         part = recipe.slices[0 if "embed" in name else -1]
         yield name, part, [(source, name) for source in part.sources], 0.0
-    [stack] = _layers(models[first].weights)
     place = 0
     for part in recipe.slices:
         start, end = part.sources[0].layers or (0, 0)
-        inside = models[part.sources[0].model].weights
+        rests = inside[part.sources[0].model]
         for j in range(end - start):
-            rests = [found[3] for name in inside if (found := _LAYER.fullmatch(name)) and int(found[2]) == start + j]
-            if not rests:
-                raise ValueError(f"{part.sources[0].model} has no layer {start + j}; it has {_layers(inside)}")
+            if start + j not in rests:
+                raise ValueError(f"{part.sources[0].model} has no layer {start + j}; its last one is {max(rests)}")
             depth = j / (end - start - 1) if end - start > 1 else 1.0
-            for rest in sorted(rests):
-                rows = []
-                for source in part.sources:
-                    [own] = _layers(models[source.model].weights)
-                    rows.append((source, f"{own}.{(source.layers or (0, 0))[0] + j}.{rest}"))
-                yield f"{stack}.{place}.{rest}", part, rows, depth
+            for rest in rests[start + j]:
+                rows = [
+                    (source, f"{stacks[source.model]}.{(source.layers or (0, 0))[0] + j}.{rest}") for source in part.sources
+                ]
+                yield f"{stacks[first]}.{place}.{rest}", part, rows, depth
             place += 1
 
 
@@ -279,6 +278,16 @@ def _layers(names: Any) -> dict[str, int]:
     return counts
 
 
+def _by_layer(names: Iterable[str]) -> dict[int, list[str]]:
+    """Number of a layer -> what follows it in the names of its tensors, in order."""
+    layers: dict[int, list[str]] = {}
+    for name in names:
+        found = _LAYER.fullmatch(name)
+        if found:
+            layers.setdefault(int(found[2]), []).append(found[3])
+    return {layer: sorted(rests) for layer, rests in layers.items()}
+
+
 def _set_layers(config: dict[str, Any], recipe: Recipe) -> None:
     counts = [(source.layers or (0, 0)) for source in (part.sources[0] for part in recipe.slices)]
     key = next((key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config), None)
@@ -292,4 +301,4 @@ def _set_layers(config: dict[str, Any], recipe: Recipe) -> None:
 
 def _in_order(name: str) -> list[tuple[int, int, str]]:
     """Sorts numbers in names as numbers."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]

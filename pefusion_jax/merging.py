@@ -95,17 +95,17 @@ def merge_files(
       What was written, or would be.
 
     Raises:
-      ValueError: naming file and tensor, if models do not fit together or the result is not finite; or if a method compares
-        tensors with each other, with the remedy.
+      ValueError: naming file and tensor, if models do not fit together, or weights or the result are not finite; if a method
+        compares tensors with each other, with the remedy; or if a model lies in ``out``.
       FileExistsError: if ``out`` is not empty.
     """
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
     given = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     target = Path(out)
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
-        raise FileExistsError(f"{out} is not empty; name another folder, or replace it with --overwrite")
+    files.require_free(target, overwrite)
     plan = make_plan(given, seed)
+    files.require_apart(target, *(model.folder for model in plan.models.values()))
     kinds = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
     shards = saving.plan_shards(kinds, shard_size)
     first = next(iter(plan.models))

@@ -106,11 +106,12 @@ def _metadata(path: Any, metadata: Mapping[str, str]) -> tuple[int, dict[str, tu
         if type(examples) is not int or examples < 0 or not isinstance(axes, dict):
             raise ValueError("examples must be a number, axes a dictionary")
         for order in axes.values():
-            if not isinstance(order, list) or sorted(map(int, order)) != list(range(len(order))):
+            whole = isinstance(order, list) and all(type(axis) is int for axis in order)
+            if not whole or sorted(order) != list(range(len(order))):
                 raise ValueError("axes must be permutations")
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise _refused(path, "__metadata__", "examples or axes are damaged", "as save_statistics wrote them", error) from error
-    return examples, {name: tuple(map(int, order)) for name, order in axes.items()}
+    return examples, {name: tuple(order) for name, order in axes.items()}
 
 
 def _moment(path: Any, key: str, parts: Mapping[str, np.ndarray]) -> Moment:

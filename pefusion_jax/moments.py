@@ -148,7 +148,7 @@ def times_right(x: jax.Array, moment: Moment) -> jax.Array:
     return jnp.swapaxes(times(moment, jnp.swapaxes(x, -1, -2)), -1, -2)
 
 
-def compress(statistics: Statistics, *, rank: int | None = None, budget: int | None = None) -> Statistics:
+def compress_statistics(statistics: Statistics, *, rank: int | None = None, budget: int | None = None) -> Statistics:
     r"""Replaces moments by their leading eigenvectors and the diagonal of what remains.
 
     .. math:: M \approx U_k \Lambda_k U_k^\top + \mathrm{diag}(M - U_k \Lambda_k U_k^\top)

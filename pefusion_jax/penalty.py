@@ -52,8 +52,9 @@ def interference(
       others = {name: stats[name] for name in stats if name != task.name}
       tau = finetune(llora, params, task, penalty=interference(others))
 
-    Reference: Dataless Weight Disentanglement in Task Arithmetic via Kronecker-Factored Approximate Curvature (TAK), 2026, and
-    for the objective K. Yoshida et al., Mastering Task Arithmetic: tau-Jp, 2025. They train linearized models; here any model
+    Reference: A. Porrello et al., Dataless Weight Disentanglement in Task Arithmetic via Kronecker-Factored Approximate
+    Curvature (TAK), 2026, and for the objective K. Yoshida et al., Mastering Task Arithmetic: tau-Jp as a Key Indicator for
+    Weight Disentanglement, 2025. They train linearized models; here any model
     with weight-space changes does. Their weight, 500, belongs to other units: their mean over tasks has other scales.
     """
     if not statistics:
@@ -98,6 +99,11 @@ def _interference(arrays: Any, adapted: Any, params: Any, adapters: Any) -> jax.
     delta = adapted.deltas(params, adapters)
     counts = stacked_layers({path: (change,) for path, change in delta.leaves.items()}, STACKS)
     changes = separate({path: (change,) for path, change in delta.leaves.items()}, counts)
+    if not changes.keys() & arrays["moments"].keys():
+        raise ValueError(
+            f"the statistics know none of the parameters that change: {', '.join(sorted(changes)[:2])}, ... here, "
+            f"{', '.join(sorted(arrays['moments'])[:2])}, ... there; collect them on the same model, with paths= if need be"
+        )
     total = jnp.zeros((), jnp.float32)
     for path, (change,) in changes.items():
         for moments in arrays["moments"].get(path, ()):

@@ -83,6 +83,8 @@ def test_errors_are_one_line_and_leave_nothing(given, message, tmp_path, capsys,
             "--set densty=0.3: ties has no argument of this form; nearest: 'density'",
         ),
         ("plain", ["--method", "ties", "--set", "density=3"], "density must be in (0, 1]"),
+        ("plain", ["--method", "ties", "--set", "density=[0.3"], "--set density=[0.3: the value is not a number"),
+        ("plain", ["--method", "lines", "--set", "method=ties"], "lines cannot be made of method"),
         ("network", ["--method", "gram"], "train"),
         ("plain", ["--space", "adapter", "--rank", "2"], "--rank is for weight changes"),
     ],
@@ -91,6 +93,14 @@ def test_methods_that_cannot_be_used_are_refused(out, mode, options, message, tm
     pair = [str(out / f"{mode}_spam"), str(out / f"{mode}_intents")]
     assert main(["fuse", *pair, "--out", str(tmp_path / "fused"), *options]) == 1
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_runs_that_would_be_lost_or_count_once_are_refused(out, tmp_path, capsys):
+    pair = [str(out / "plain_spam"), str(out / "plain_intents")]
+    assert main(["fuse", *pair, "--out", str(out), "--overwrite"]) == 1
+    assert "would be replaced" in capsys.readouterr().err and (out / "plain_spam" / "config.json").is_file()
+    assert main(["fuse", pair[0], pair[0], "--out", str(tmp_path / "fused")]) == 1
+    assert "named twice" in capsys.readouterr().err
 
 
 def test_runs_that_do_not_belong_together_are_refused(out, tmp_path, capsys):

@@ -52,6 +52,17 @@ def test_compression_is_the_best_approximation():
         compress(given, 0)
 
 
+def test_a_dense_change_of_scanned_layers_is_a_matrix_a_layer():
+    stacked = normal(0, 3, 6, 5)
+    got = compress(Delta({"layer/up/kernel": stacked, "layer/up/bias": normal(1, 3, 5), "conv/kernel": normal(2, 3, 6, 5)}), 2)
+    pair = got.delta.leaves["layer/up/kernel"]
+    assert pair.a.shape == (3, 6, 2) and pair.shape == (3, 6, 5)
+    assert not any(isinstance(got.delta.leaves[path], LowRank) for path in ("layer/up/bias", "conv/kernel"))
+    for layer, change in enumerate(stacked):
+        alone = compress(Delta({"w": change}), 2).delta.leaves["w"]
+        np.testing.assert_allclose(pair.dense()[layer], alone.dense(), atol=1e-5)
+
+
 def test_nothing_compresses_to_nothing():
     zero = Delta({"w": LowRank(jnp.zeros((4, 3)), jnp.zeros((3, 5)), (4, 5)), "v": jnp.zeros((4, 5))})
     got = jax.jit(lambda delta: compress(delta, 1))(zero)

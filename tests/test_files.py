@@ -34,3 +34,12 @@ def test_a_file_is_replaced_whole_and_gets_ordinary_permissions(tmp_path):
     assert (tmp_path / "new").read_text().startswith('{\n  "a": "')
     (tmp_path / "plain").write_bytes(b"")
     assert stat.S_IMODE(os.stat(tmp_path / "new").st_mode) == stat.S_IMODE(os.stat(tmp_path / "plain").st_mode)
+
+
+def test_what_is_read_is_not_replaced(tmp_path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    for out in ("runs", "runs/a"):
+        with pytest.raises(ValueError, match="runs/a, which is read here and would be replaced; name another folder"):
+            files.require_apart(tmp_path / out, tmp_path / "elsewhere", tmp_path / "runs" / "a")
+    files.require_apart(tmp_path / "runs" / "a" / "deeper", tmp_path / "runs" / "a")
+    files.require_apart(tmp_path / "runs" / "ab", tmp_path / "runs" / "a")

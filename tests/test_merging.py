@@ -238,6 +238,8 @@ def test_what_is_written(root, tmp_path, capsys, monkeypatch):
     assert main(["merge", str(config), str(out), "--overwrite", "--threads", "1"]) == 0
     assert (out / "model.safetensors").read_bytes() == first
     assert pf.load_pretrained(out)[0].config.num_hidden_layers == make_merge.LAYERS
+    assert main(["merge", str(config), str(root), "--overwrite"]) == 1
+    assert "would be replaced" in capsys.readouterr().err and (root / "base").is_dir()
 
 
 @pytest.mark.parametrize("moment", ["progress", "write"])
@@ -281,6 +283,8 @@ def test_refusals_name_file_and_tensor(models, root, tmp_path):
     refused(
         r"nan/model.safetensors: weights are NaN", recipe(root, "merge_method: model_stock", models=["one", tmp_path / "nan"])
     )
+    for method, parameters in (("merge_method: ties", "weight: 1, density: 0.5"), ("method: consensus", "")):
+        refused(r"nan/model.safetensors: weights are NaN", recipe(root, method, parameters, models=["one", tmp_path / "nan"]))
     refused("differ in num_attention_heads of config.json: 2 and 4", beside("heads"))
     refused("eight/model.safetensors.*float8", beside("eight"))
     refused(
@@ -300,6 +304,15 @@ def test_refusals_name_file_and_tensor(models, root, tmp_path):
     refused("linear .* has no base_model", recipe(root, "merge_method: linear", "weight: 1"))
     refused("slerp is between", recipe(root, "merge_method: slerp", "t: 0.5"))
     refused("threads must be at least 1", recipe(root, "method: average"), threads=0)
+
+
+def test_a_tokenizer_file_that_is_a_link_out_of_its_folder_is_not_passed_on(models, root, tmp_path):
+    write(tmp_path / "linked", models["one"])
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "linked" / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="vocab.txt: this is a link that leads out of its folder"):
+        merge_files(recipe(root, "method: average", models=["one", "two"], base=tmp_path / "linked"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_architecture_and_a_method_that_needs_no_base(tmp_path):

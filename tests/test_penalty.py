@@ -7,6 +7,7 @@ import functools
 import jax
 import numpy as np
 import optax
+import pytest
 import statistics_models as models
 
 import pefusion_jax as pf
@@ -108,3 +109,11 @@ def test_its_gradient_is_added_once_for_all_devices_and_crosses_no_wire():
     for one, two, g in zip(*map(jax.tree.leaves, (after["with"], after["without"], expected)), strict=True):
         np.testing.assert_allclose((two - one) / 0.1, g, rtol=1e-3, atol=1e-4)
     assert parallel.allreduce_elements(programs["with"]) == parallel.allreduce_elements(programs["without"]) > 0
+
+
+def test_statistics_of_other_parameters_are_refused():
+    adapted, params, _, point = models.build()
+    function, arrays = interference({"o": other()})
+    arrays = {**arrays, "moments": {f"encoder/{path}": moments for path, moments in arrays["moments"].items()}}
+    with pytest.raises(ValueError, match="the statistics know none of the parameters that change: layer/0.*encoder/layer/0"):
+        function(arrays, adapted, params, point)

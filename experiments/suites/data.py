@@ -14,7 +14,6 @@ import functools
 import hashlib
 import os
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ import pefusion_jax as pf
 from experiments.suites import choosing, images, texts
 from experiments.suites.fetch import default_root
 from experiments.suites.glue import glue_tasks
+from pefusion_jax import files
 
 __all__ = ["ImageEncoder", "base_score", "glue_tasks", "load_images", "text_tasks", "vision_tasks"]
 
@@ -225,9 +225,8 @@ def _features(model: Any, params: Any, encoder: ImageEncoder, inputs: Any, batch
     rows = pf.tasks.features_of(apply, params, inputs, encoder.trim, features=pf.tasks.cls_features, batch_size=batch_size)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        with files.replacing(path) as file:
             np.save(file, rows)
-        os.replace(file.name, path)
     return rows
 
 

@@ -128,7 +128,7 @@ def train(
     method, adapted, start = adapted_for(base, kind_name, seed)
     mode = KINDS[kind_name].mode
     if (folder / FILE).is_file():
-        return load_adapters(folder / FILE)[0]["tree"]
+        return _read(folder, base, base.steps, rate)
     if KINDS[kind_name].apart:
         options["penalty"] = interference(base.others(task.name), weight=KINDS[kind_name].apart)
     tree = pf.finetune(
@@ -144,7 +144,7 @@ def train(
         progress=False,
         **options,
     )
-    _save(folder, tree, base, method, mode, start, task=task.name, learning_rate=rate, steps=base.steps, seed=seed)
+    _save(folder, tree, base, method, mode, start, task=task.name, learning_rate=rate, steps=base.steps)
     say(f"trained {kind_name} on {task.name}, seed {seed}")
     return tree
 
@@ -154,7 +154,7 @@ def train_together(base: Base, kind_name: str, tasks: Sequence[Any], seed: int, 
     method, adapted, start = adapted_for(base, kind_name, seed)
     mode = KINDS[kind_name].mode
     if (folder / FILE).is_file():
-        return load_adapters(folder / FILE)[0]["tree"]
+        return _read(folder, base, base.steps * len(tasks), rate)
     steps = base.steps * len(tasks)
     schedule = learning_rate_schedule(rate, "cosine", 0.1, steps)
     optimizer = default_optimizer(schedule, 0.0)
@@ -174,7 +174,7 @@ def train_together(base: Base, kind_name: str, tasks: Sequence[Any], seed: int, 
         if step % 100 == 99 and not np.isfinite(np.asarray(metrics["loss"])).all():
             raise ValueError(f"the multi-task loss is not finite at step {step}; lower the learning rate {rate}")
     tree = trees.merge(jax.tree.map(jax.numpy.asarray, parallel.unreplicate(state.adapters)), trees.split(tree, trained)[1])
-    _save(folder, tree, base, method, mode, start, task="all", learning_rate=rate, steps=steps, seed=seed)
+    _save(folder, tree, base, method, mode, start, task="all", learning_rate=rate, steps=steps)
     return tree
 
 
@@ -191,5 +191,20 @@ def choose_rate(
     return min(float(rate) for rate, score in found.items() if score == best), found
 
 
+def _read(folder: Path, base: Base, steps: int, rate: float) -> Any:
+    stored, spec = load_adapters(folder / FILE)
+    asked = {"model": base.name, "steps": steps, "learning_rate": rate, "batch_size": base.batch_size, "targets": base.targets}
+    found = {name: spec.get(name) for name in asked} | {"targets": spec["methods"][0]["targets"]}
+    if spec["methods"][0]["type"] == "LoRA":
+        asked |= {"rank": base.rank, "alpha": base.alpha}
+        found |= {name: spec["methods"][0][name] for name in ("rank", "alpha")}
+    else:
+        asked["targets"] = ENCODER
+    if found != asked:
+        raise ValueError(f"{folder} was trained with {found}, but asked for is {asked}; name another --work folder")
+    return stored["tree"]
+
+
 def _save(folder: Path, tree: Any, base: Base, method: Any, mode: str | None, start: Any, **notes: Any) -> None:
+    notes["batch_size"] = base.batch_size
     save_run(folder, tree, model=base.name, params=base.params, methods=method, mode=mode, adapters0=start, **notes)

@@ -9,7 +9,6 @@ script for its name, so the one source package (vaderSentiment) is asked for wit
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import pickle
 import shutil
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pefusion_jax.interop import hub
+from pefusion_jax.interop.manifest import sha256
 
 _TIMEOUT_SECONDS = 900
 _MAX_MEMBER_BYTES = 2**29
@@ -114,11 +114,6 @@ PACKAGES: dict[str, Package] = {
 }
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fetch(package: Package, folder: Path) -> Path:
     """The package's file in ``folder``, downloaded unless it is there with the pinned SHA-256.
 
@@ -126,13 +121,13 @@ def fetch(package: Package, folder: Path) -> Path:
       ValueError: if the client fails or is not installed, or the file is not the pinned one. Nothing is left behind then.
     """
     target = folder / package.file
-    if target.is_file() and sha256_of(target) == package.sha256:
+    if target.is_file() and sha256(target) == package.sha256:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as name:
         scratch = Path(name)
         found = _download(package, scratch)
-        digest = sha256_of(found)
+        digest = sha256(found)
         if digest != package.sha256:
             raise ValueError(
                 f"{package.kind} {package.name} {package.version}: SHA-256 {digest}, pinned is {package.sha256}; "

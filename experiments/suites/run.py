@@ -3,7 +3,7 @@
     python experiments/suites/fetch.py --kind text
     python experiments/suites/run.py --suite text --out experiments/text_suite
 
-Adapters go to the cache, scores to ``OUT/rows.json``, tables to ``OUT/results.{md,csv,json}``. Learning rates, settings and
+Adapters go to the cache, scores to ``OUT/rows.json``, tables to ``OUT/results.{md,csv}``. Learning rates, settings and
 lengths are chosen on validation examples; the test split is scored once for each row.
 """
 
@@ -82,6 +82,15 @@ class Rows:
     def __contains__(self, key: str) -> bool:
         return key in self.found
 
+    def require(self, settings: Settings) -> None:
+        """Refuses rows of other settings, which would be mixed up with new ones."""
+        names = ("suite", "model", "steps", "batch_size", "rank", "alpha", "validation_examples", "test_examples")
+        asked = {name: getattr(settings, name) for name in names}
+        if self.found.setdefault("settings", asked) != asked:
+            raise ValueError(
+                f"{self.path} holds rows of {self.found['settings']}, but asked for is {asked}; name another --out"
+            )
+
     def put(self, key: str, **row: Any) -> None:
         self.found[key] = row
         files.write_json(self.path, self.found)
@@ -96,6 +105,7 @@ def main(settings: Settings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     work = settings.work or default_root() / "adapters" / settings.suite
     rows = Rows(settings.out / "rows.json")
+    rows.require(settings)
     if settings.stages == ("tables",):
         tables.write(rows.found, settings.out)
         return

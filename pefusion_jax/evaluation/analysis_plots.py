@@ -11,7 +11,7 @@ import numpy as np
 
 from pefusion_jax.evaluation.analysis import Disentanglement, LossPlane, table
 from pefusion_jax.evaluation.geometry import LayerNorms, Pairwise
-from pefusion_jax.evaluation.plots import COLOURS, MARKERS, _save
+from pefusion_jax.evaluation.plots import COLOURS, MARKERS, save_figure
 
 _MINUS = "\N{MINUS SIGN}"
 _NUMBER = re.compile(r"(?:^|(?<=/))[0-9]+(?=/|$)")
@@ -61,7 +61,7 @@ def plot_disentanglement(
     if title:
         figure.suptitle(title, fontsize=9)
     if len(panels) == 1 and "" in panels:
-        _save(figure, path, panels[""].csv())
+        save_figure(figure, path, panels[""].csv())
         return
     rows = [
         [name, a, b, panel.error[i, j], *panel.by_task[:, i, j]]
@@ -70,7 +70,7 @@ def plot_disentanglement(
         for j, b in enumerate(panel.alphas)
     ]
     header = ["model", f"alpha {first}", f"alpha {second}", "error", f"part of {first}", f"part of {second}"]
-    _save(figure, path, table(header, rows))
+    save_figure(figure, path, table(header, rows))
 
 
 def plot_loss_plane(
@@ -162,7 +162,7 @@ def plot_loss_plane(
     whose = f"mean over {len(plane.tasks)} tasks" if task is None and len(plane.tasks) > 1 else (task or plane.tasks[0])
     axes.set_title(title or f"{what.capitalize()}, {whose}", fontsize=9)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7, frameon=False)
-    _save(figure, path, plane.csv())
+    save_figure(figure, path, plane.csv())
 
 
 def plot_layers(
@@ -234,7 +234,7 @@ def plot_layers(
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7, frameon=False, handlelength=2.2)
     if title:
         figure.suptitle(title, fontsize=9)
-    _save(figure, path, measured.csv())
+    save_figure(figure, path, measured.csv())
 
 
 def plot_matrix(
@@ -307,7 +307,7 @@ def plot_matrix(
     if title:
         axes.set_title(title, fontsize=9)
     unscaled = np.asarray(matrix, np.float64)
-    _save(figure, path, table(["", *names], [[name, *line] for name, line in zip(names, unscaled, strict=True)]))
+    save_figure(figure, path, table(["", *names], [[name, *line] for name, line in zip(names, unscaled, strict=True)]))
 
 
 def _kinds(layers: Sequence[str]) -> dict[str, list[tuple[int, int]]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pefusion_jax import trees as tree_tools
 from pefusion_jax.deltas import Delta, LowRank
-from pefusion_jax.evaluation.scores import Scores, _features, _mode, head_logits, named_tasks, standard_error
+from pefusion_jax.evaluation.scores import Scores, features_of, head_logits, named_tasks, standard_error, tree_kind
 from pefusion_jax.tasks.task import Batch, Task, eval_batches
 
 
@@ -78,7 +78,8 @@ def features_of_many(
         batches = {name: list(eval_batches(task, split, batch_size)) for name, task in by_name.items()}
     if at_once == 1:
         single = {
-            n: [_features(_mode(tree), adapted, params, tree, t.head, batches[n]) for tree in trees] for n, t in by_name.items()
+            n: [features_of(tree_kind(tree), adapted, params, tree, t.head, batches[n]) for tree in trees]
+            for n, t in by_name.items()
         }
         return {name: (np.stack([features for features, _ in found]), found[0][1]) for name, found in single.items()}
     rows: dict[str, list[np.ndarray]] = {name: [] for name in by_name}

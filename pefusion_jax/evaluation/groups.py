@@ -70,7 +70,8 @@ def cache_groups(
         raise ValueError(f"at_once={at_once} must be 1 or more")
     names = tuple(sorted(taus))
     trees.require_same_structure({name: taus[name] for name in names})
-    leaves = {path: tuple(trees.flat(taus[name])[path] for name in names) for path in sorted(trees.flat(taus[names[0]]))}
+    flat = [trees.flat(taus[name]) for name in names]
+    leaves = {path: tuple(of_task[path] for of_task in flat) for path in sorted(flat[0])}
     counts = stacked_layers(leaves, STACKS)
     apart = separate(leaves, counts)
     found = tuple(sorted({groups(path) for path in apart}))

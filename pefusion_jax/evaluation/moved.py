@@ -13,7 +13,7 @@ import numpy as np
 from pefusion_jax import trees as tree_tools
 from pefusion_jax.deltas import Delta
 from pefusion_jax.evaluation.scores import head_logits
-from pefusion_jax.evaluation.sweep import _combined_logits, cache_outputs
+from pefusion_jax.evaluation.sweep import cache_outputs, combined_logits
 from pefusion_jax.fusion import fuse, task_arithmetic
 from pefusion_jax.tasks.task import Task, eval_batches
 
@@ -106,7 +106,7 @@ def _affine_logits(task: Task, base: np.ndarray, moved: np.ndarray, points: np.n
         part = points[start : start + at_once]
         # The last chunk is filled up, so that one program serves all.
         padded = np.concatenate([part, np.zeros((at_once - len(part), points.shape[1]), np.float32)])
-        yield from np.asarray(_combined_logits(task.head.logits)(task.head.params, base, moved, padded))[: len(part)]
+        yield from np.asarray(combined_logits(task.head.logits)(task.head.params, base, moved, padded))[: len(part)]
 
 
 @functools.lru_cache(maxsize=64)

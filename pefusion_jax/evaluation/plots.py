@@ -91,7 +91,7 @@ def plot_scores(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     axes.set_xlabel("score × 100; darker is better within a column", fontsize=8)
     if comparison.title:
         axes.set_title(comparison.title, fontsize=9, pad=10)
-    _save(figure, path, comparison.csv())
+    save_figure(figure, path, comparison.csv())
 
 
 def plot_sweep(
@@ -180,7 +180,7 @@ def plot_sweep(
         for p, value in enumerate(x):
             curves = [repr(float(panel[task][p])) if task in panel else "" for task in tasks]
             writer.writerow([title, repr(float(value)), *curves, repr(float(np.mean([c[p] for c in panel.values()])))])
-    _save(figure, path, out.getvalue())
+    save_figure(figure, path, out.getvalue())
 
 
 def plot_cosine(
@@ -241,7 +241,7 @@ def plot_cosine(
     writer.writerow(["", *names])
     for name, line in zip(names, values, strict=True):
         writer.writerow([name, *(repr(float(value)) for value in line)])
-    _save(figure, path, out.getvalue())
+    save_figure(figure, path, out.getvalue())
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
@@ -265,7 +265,8 @@ def _rectangle(left: float, bottom: float, colour: Any) -> Any:
     return Rectangle((left, bottom), 1, 1, facecolor=colour, edgecolor="white", linewidth=1)
 
 
-def _save(figure: Any, path: str | os.PathLike[str], table: str) -> None:
+def save_figure(figure: Any, path: str | os.PathLike[str], table: str) -> None:
+    """Writes a figure as PNG, and its numbers as CSV beside it."""
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"figures are PNG files, but the path is {str(path)!r}; end it with .png")

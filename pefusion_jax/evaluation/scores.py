@@ -152,7 +152,7 @@ def evaluate(
     Raises:
       ValueError: if there are no tasks, two have the same name, or a split is empty.
     """
-    return _evaluate(_mode(tree), adapted, params, tree, tasks, split, batch_size)
+    return _evaluate(tree_kind(tree), adapted, params, tree, tasks, split, batch_size)
 
 
 def evaluate_base(
@@ -179,7 +179,7 @@ def predict(
     Returns:
       Features ``[n, d]`` and labels ``[n]`` of the split's real rows, in its order.
     """
-    return _features(_mode(tree), adapted, params, tree, task.head, eval_batches(task, split, batch_size))
+    return features_of(tree_kind(tree), adapted, params, tree, task.head, eval_batches(task, split, batch_size))
 
 
 def head_logits(head: Head, features: np.ndarray, *, rows: int = 256) -> np.ndarray:
@@ -225,7 +225,7 @@ def _evaluate(mode: str, adapted: Any, params: Any, tree: Any, tasks: Any, split
     values, errors, counts = {}, {}, {}
     for name, task in named_tasks(tasks).items():
         batches = eval_batches(task, split, batch_size)
-        features, labels = _features(mode, adapted, params, tree, task.head, batches)
+        features, labels = features_of(mode, adapted, params, tree, task.head, batches)
         logits = head_logits(task.head, features)
         values[name] = task.metric(logits, labels)
         errors[name] = standard_error(task, logits, labels, values[name])
@@ -233,13 +233,15 @@ def _evaluate(mode: str, adapted: Any, params: Any, tree: Any, tasks: Any, split
     return Scores(values, errors, counts)
 
 
-def _mode(tree: Any) -> Literal["adapters", "delta"]:
+def tree_kind(tree: Any) -> Literal["adapters", "delta"]:
+    """How a model takes a tree: with ``apply`` or with ``apply_deltas``."""
     return "delta" if isinstance(tree, Delta) else "adapters"
 
 
-def _features(
+def features_of(
     mode: str, adapted: Any, params: Any, tree: Any, head: Head, batches: Iterable[Batch]
 ) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`predict` on batches, for a tree of that kind, or for ``"base"`` without one."""
     program = _features_program(adapted, head.features, mode)
     features, labels, real = [], [], []
     for batch in batches:

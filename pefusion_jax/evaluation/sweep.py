@@ -272,13 +272,15 @@ def _sweep_task(cached: Cached, name: str, task: Task, points: np.ndarray, chunk
             hits = _combined_hits(task.head.logits)(task.head.params, base, moved, padded, labels)
             scores += [int(hit) / len(labels) for hit in np.asarray(hits)[: len(part)]]
         else:
-            logits = np.asarray(_combined_logits(task.head.logits)(task.head.params, base, moved, padded))
+            logits = np.asarray(combined_logits(task.head.logits)(task.head.params, base, moved, padded))
             scores += [task.metric(logits[p], labels) for p in range(len(part))]
     return np.asarray(scores, np.float64)
 
 
 @functools.lru_cache(maxsize=64)
-def _combined_logits(logits: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def combined_logits(logits: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The program of a head's logits ``[point, n, classes]`` at base features plus combinations of moved ones."""
+
     def run(head_params: Any, base: jax.Array, moved: jax.Array, points: jax.Array) -> jax.Array:
         sums = jnp.einsum("pt,tnd->pnd", points, moved, precision=jax.lax.Precision.HIGHEST)
         features = base[None] + sums
@@ -290,7 +292,7 @@ def _combined_logits(logits: Callable[..., jax.Array]) -> Callable[..., jax.Arra
 
 @functools.lru_cache(maxsize=64)
 def _combined_hits(logits: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    combined = _combined_logits(logits)
+    combined = combined_logits(logits)
 
     def run(head_params: Any, base: Any, moved: Any, points: Any, labels: Any) -> jax.Array:
         predicted = jnp.argmax(combined(head_params, base, moved, points), axis=-1)

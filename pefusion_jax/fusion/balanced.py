@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pefusion_jax.fusion.elementwise import task_weights
-from pefusion_jax.fusion.parts import Fusion, chain
+from pefusion_jax.fusion.parts import Fusion, chain, floor_of
 
 Tree = Any
 
@@ -50,7 +50,7 @@ def pcb(ratio: float | jax.Array = 0.05, scale: Any = 1.2) -> Fusion:
         leaves, structure = jax.tree.flatten(stacked)
         count, size = len(leaves[0]), sum(leaf[0].size for leaf in leaves)
         magnitudes = [jnp.abs(leaf) for leaf in leaves]
-        low = order_statistic(magnitudes, jnp.int32(int(size * 0.01)))
+        low = order_statistic(magnitudes, floor_of(0.01, size))
         high = order_statistic(magnitudes, jnp.int32(max(int(size * 0.99 - 1), 0)))
         clamped = [jnp.minimum(jnp.maximum(leaf, _to(low, leaf)), _to(high, leaf)) for leaf in magnitudes]
         shares = _minmax(clamped)
@@ -62,7 +62,7 @@ def pcb(ratio: float | jax.Array = 0.05, scale: Any = 1.2) -> Fusion:
         if isinstance(ratio, jax.core.Tracer):
             place = jnp.clip(jnp.floor(size * (1 - ratio)).astype(jnp.int32), 0, size - 1)
         else:
-            place = jnp.int32(int(size * (1 - float(ratio))))
+            place = jnp.int32(min(int(size * (1 - float(ratio))), size - 1))
         floor = order_statistic(scores, place)
         says = _minmax([jnp.maximum(score, _to(floor, score)) for score in scores])
         out = []

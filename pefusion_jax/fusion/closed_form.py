@@ -39,7 +39,8 @@ from pefusion_jax.fusion.matching import (
     unbound,
 )
 from pefusion_jax.fusion.parts import Changes, Fusion
-from pefusion_jax.moments import Moment, Moments, Statistics, dense_moment, times
+from pefusion_jax.moments import Moment, Moments, Statistics, dense_moment, moment_diagonal, times
+from pefusion_jax.trees import wide_dtype
 
 
 def fisher(
@@ -94,7 +95,7 @@ def regmean(
     Args:
       statistics: task name -> statistics with input moments.
       scale: :math:`\lambda`; may be traced.
-      off_diagonal: :math:`\alpha`, in [0, 1]; the default is the paper's for large models.
+      off_diagonal: :math:`\alpha`, in [0, 1]; the default is FusionBench's for CLIP.
       damping: :math:`\delta`. It stands on both sides: a direction that no task's inputs have is averaged.
 
     Raises:
@@ -190,8 +191,9 @@ def gram(
 
     and the result is :math:`\lambda X`. RegMean is the case :math:`S_t = I`: it makes up for what a task's inputs never
     reach, but takes every output for equally important. Solved by conjugate gradients in float32, preconditioned
-    with the system's diagonal in the eigenbases of the mean factors; layers of one shape are solved together. Pairs
-    and compressed moments are not multiplied out. Embeddings have a diagonal :math:`G`, biases :math:`G = 1`.
+    with the system's diagonal in the eigenbases of the mean factors; layers of one shape are solved together. Compressed
+    moments are multiplied with as they are; their mean, for the eigenbases, is dense, and so is :math:`X` while it is solved
+    for. Embeddings have a diagonal :math:`G`, biases :math:`G = 1`.
 
     Args:
       statistics: task name -> statistics with input and output moments, perhaps compressed.
@@ -217,7 +219,7 @@ def gram(
       stats = {t.name: statistics(lora, params, taus[t.name], t) for t in tasks}
       merged = fuse(fusion.gram(stats), taus, adapted=lora, params=params)
 
-    Reference: R. Grosse and J. Martens' Kronecker-factored curvature (2015) in the objective of M. Matena and C. Raffel's
+    Reference: J. Martens and R. Grosse's Kronecker-factored curvature (2015) in the objective of M. Matena and C. Raffel's
     Fisher merging (2022); D. Tam et al., Merging by Matching Models in Task Parameter Subspaces, 2024, solve a like
     system. Shrinkage, normalisation and preconditioner are ours.
     """
@@ -265,19 +267,24 @@ def gram_residual(
       merged: the merged Delta, at scale 1.
       off_diagonal, damping, normalize: as given to :func:`gram`.
     """
+
+    def wide(change: Change) -> jax.Array:
+        return dense(change).astype(wide_dtype(change.dtype))
+
     names = tuple(sorted(deltas))
     nothing = {p: jnp.zeros(c.shape, c.dtype) for d in deltas.values() for p, c in d.leaves.items()}
-    by_path: Changes = {p: tuple(dense(deltas[name].leaves.get(p, zero)) for name in names) for p, zero in nothing.items()}
+    by_path: Changes = {p: tuple(wide(deltas[name].leaves.get(p, zero)) for name in names) for p, zero in nothing.items()}
     found, _ = matched({t: s.moments for t, s in statistics.items()}, names, by_path, moments_shape)
-    scales = {p: residual(by_path[p], found[p], merged.leaves[p], off_diagonal, damping, normalize) for p in found}
-    return {p: float(value) for p, value in scales.items()}
+    values = {p: residual(by_path[p], found[p], wide(merged.leaves[p]), off_diagonal, damping, normalize) for p in found}
+    return {p: float(value) for p, value in values.items()}
 
 
 def _projected(moment: Moment, a: jax.Array) -> jax.Array:
     inner, rank = a.shape[-2:]
     size = moment.shape[-1]
     if size == inner:
-        return jnp.matmul(jnp.swapaxes(a, -1, -2), times(moment, a.astype(jnp.float32)), precision=jax.lax.Precision.HIGHEST)
+        a = a.astype(moment_diagonal(moment).dtype)
+        return jnp.matmul(jnp.swapaxes(a, -1, -2), times(moment, a), precision=jax.lax.Precision.HIGHEST)
     if size == rank:
         return dense_moment(moment)
     raise ValueError(f"moments of size {size} belong neither to {inner} inputs nor to the rank {rank} of the change")

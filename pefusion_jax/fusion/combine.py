@@ -99,8 +99,11 @@ def fuse(
     if init is None:
         return _fuse_trees(method, by_name, stacks)
     tree_tools.require_same_structure({"init": init, **by_name})
-    moved = {name: jax.tree.map(jnp.subtract, tree, init) for name, tree in by_name.items()}
-    return jax.tree.map(jnp.add, init, _fuse_trees(method, moved, stacks))
+    # Differences of narrow floats would be rounded to narrow floats.
+    start = jax.tree.map(_wide, init)
+    moved = {name: jax.tree.map(jnp.subtract, jax.tree.map(_wide, tree), start) for name, tree in by_name.items()}
+    ends = jax.tree.map(jnp.add, start, _fuse_trees(method, moved, stacks))
+    return jax.tree.map(lambda end, leaf: end.astype(jnp.result_type(leaf)), ends, init)
 
 
 def _named(trees: Mapping[str, Tree] | Sequence[Tree]) -> tuple[list[str], list[Tree]]:
@@ -191,6 +194,10 @@ def _combine(path: str, weights: jax.Array, deltas_by_name: Mapping[str, Delta])
     factors = [weight.astype(wide) for weight, _ in present]
     total = deltas.weighted_sum([_cast(change, wide) for _, change in present], factors)
     return _cast(total, dtype)
+
+
+def _wide(leaf: Any) -> jax.Array:
+    return jnp.asarray(leaf, tree_tools.wide_dtype(jnp.result_type(leaf)))
 
 
 def _cast(change: Any, dtype: Any) -> Any:

@@ -183,7 +183,7 @@ def _apart(method: Any, pairs: dict[str, dict[str, Any]], products: dict[str, An
     out = {}
     for place, (last, weights) in enumerate((("lora_a", signed), ("lora_b", roots))):
         leaves = {name: {_leaf(site, last): pair[place] for site, pair in of_task.items()} for name, of_task in pairs.items()}
-        out.update(fuse(method(weights), leaves))
+        out.update(fuse(method(weights), leaves, stacks=()))
     return out
 
 
@@ -208,7 +208,8 @@ def _truncated(method: Fusion, pairs: dict[str, Any], scales: dict[str, Any], ra
         product = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
         return product * jnp.asarray(scales[name], wide)
 
-    merged = fuse(method, {name: {site or "-": change(name, site) for site in of_task} for name, of_task in pairs.items()})
+    changed = {name: {site or "-": change(name, site) for site in of_task} for name, of_task in pairs.items()}
+    merged = fuse(method, changed, stacks=())
     out = {}
     for site in next(iter(pairs.values())):
         left, values, right = jnp.linalg.svd(merged[site or "-"], full_matrices=False)

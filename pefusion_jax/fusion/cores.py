@@ -146,9 +146,9 @@ def compress_then_merge(rank: int, inner: Fusion | None = None, scale: float | j
       ValueError: if the rank is below 1 or there are fewer than 0 sweeps.
 
     Reference:
-      *Compress then Merge* (CtM), 2026, for the order of the two; De Lathauwer et al., *On the Best Rank-1 and
-      Rank-(R1, ..., RN) Approximation of Higher-Order Tensors*, 2000, for the alternation. The authors' blend of norms is left
-      out: choose ``scale`` instead.
+      He et al., *Compress then Merge: From Multiple LoRAs into One Low-Rank Adapter*, 2026, for the order of the two; De
+      Lathauwer et al., *On the Best Rank-1 and Rank-(R1, ..., RN) Approximation of Higher-Order Tensors*, 2000, for the
+      alternation. The authors' blend of norms is left out: choose ``scale`` instead.
     """
     if rank < 1:
         raise ValueError(f"compress_then_merge needs a rank of at least 1, not {rank}")

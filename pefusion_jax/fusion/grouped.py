@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pefusion_jax import deltas, trees
 from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.deltas import Change
-from pefusion_jax.fusion.parts import Changes, Fusion
+from pefusion_jax.fusion.parts import Changes, Fusion, weighted_sum
 
 GroupOf = Callable[[str], str]
 
@@ -82,13 +82,7 @@ def combine_stacked(stacked: Any, coefficients: Callable[[str], Any]) -> Any:
     """Combines leaves ``[tree, ...]``; ``coefficients`` gives one number for each tree at a path."""
 
     def combine(path: str, leaf: jax.Array) -> jax.Array:
-        wide = leaf.astype(trees.wide_dtype(leaf.dtype))
-        weights = [jnp.asarray(weight, wide.dtype) for weight in coefficients(path)]
-        # In this order, as the other linear methods: one tree at coefficient 1 comes back bit for bit.
-        total = wide[0] * weights[0]
-        for t in range(1, len(wide)):
-            total = total + wide[t] * weights[t]
-        return total.astype(leaf.dtype)
+        return weighted_sum(leaf, list(coefficients(path)))
 
     return trees.map_paths(combine, stacked)
 

@@ -110,8 +110,10 @@ def regression(terms: list[tuple[Any, Any]], off_diagonal: Any, damping: Any) ->
 
 @jax.jit
 def weighted(terms: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """Element-wise average of ``[(D_t, F_t)]`` with the weights ``F_t``."""
-    return _sum(f * d for d, f in terms) / _sum(f for _, f in terms)
+    """Element-wise average of ``[(D_t, F_t)]`` with the weights ``F_t``; the plain one where all of them are zero."""
+    total = _sum(f for _, f in terms)
+    plain = _sum(d for d, _ in terms) / len(terms)
+    return jnp.where(total > 0, _sum(f * d for d, f in terms) / jnp.where(total > 0, total, jnp.ones_like(total)), plain)
 
 
 def truncated(change: Change, moments: Moments, off_diagonal: Any, damping: Any, rank: int) -> Change:

@@ -41,7 +41,8 @@ def emr(task: str | None = None, *, conform: Literal["paper", "fusion_bench"] = 
 
     def size(tree: Tree) -> jax.Array:
         magnitude = jnp.mean if conform == "fusion_bench" else jnp.sum
-        return sum((magnitude(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)), jnp.zeros(()))
+        first, *others = (magnitude(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree))
+        return sum(others, first)
 
     def sign(leaf: jax.Array) -> jax.Array:
         return jnp.where(jnp.sum(leaf, axis=0) > 0, 1, -1).astype(leaf.dtype)

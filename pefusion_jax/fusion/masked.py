@@ -181,7 +181,8 @@ def breadcrumbs(
 
     ``conform="mergekit"`` compares the entries of each tensor, removes fewer outliers where too few entries would be left, and
     removes none at a density of 1; tasks have weights. Its ``lambda`` is our scale, 1 by default, its ``gamma`` is
-    ``outliers``, 0.01 by default.
+    ``outliers``, 0.01 by default. Not reproduced: where ``gamma * n < 1`` it keeps nothing of a tensor of n entries, for want
+    of outliers to remove; here nothing is removed then.
 
     Args:
       density: :math:`\beta`, fraction kept; may be traced.
@@ -301,7 +302,7 @@ def consensus(threshold: float | jax.Array = 0.4, scale: float | jax.Array = 0.3
     Args:
       threshold: :math:`\lambda_m`; the authors choose it on validation data from 0.2, 0.3, ..., 0.6. May be traced.
       scale: :math:`\lambda`, chosen on validation data as for task arithmetic; may be traced.
-      agree: :math:`k`; 2 is the authors'. With 0 this is task arithmetic.
+      agree: :math:`k`; 2 is the authors'. With 0 this is task arithmetic; with more than there are trees nothing is left.
 
     Reference:
       Wang et al., *Localizing Task Information for Improved Model Merging and Compression*, 2024.

@@ -18,7 +18,7 @@ once.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -84,17 +84,24 @@ def linear(weights: Callable[[int], jax.Array], tasks: tuple[str, ...] | None = 
         coefficients = weights(len(jax.tree.leaves(stacked)[0]))
 
         def combine(leaf: jax.Array) -> jax.Array:
-            # A loop, not a dot product: the order of the sum is fixed, float32 stays float32 on every
-            # accelerator, and one tree at weight 1 comes back bit for bit.
-            wide = _widen(leaf)
-            total = wide[0] * coefficients[0].astype(wide.dtype)
-            for t in range(1, len(wide)):
-                total = total + wide[t] * coefficients[t].astype(wide.dtype)
-            return total.astype(leaf.dtype)
+            return weighted_sum(leaf, list(coefficients))
 
         return jax.tree.map(combine, stacked)
 
     return Fusion(apply, weights, tasks)
+
+
+def weighted_sum(leaf: jax.Array, weights: Sequence[Any]) -> jax.Array:
+    """The sum over tasks of a leaf ``[task, ...]``, one weight for each, in float32 or wider, stored as the leaf is.
+
+    A loop, not a dot product: the order of the sum is fixed, float32 stays float32 on every accelerator, and one task at weight
+    1 comes back bit for bit.
+    """
+    wide = _widen(leaf)
+    total = wide[0] * jnp.asarray(weights[0], wide.dtype)
+    for t in range(1, len(wide)):
+        total = total + wide[t] * jnp.asarray(weights[t], wide.dtype)
+    return total.astype(leaf.dtype)
 
 
 def trim(density: float | jax.Array, scope: Literal["global", "per_tensor"] = "global") -> Part:
@@ -145,7 +152,7 @@ def cut(fraction: float) -> Part:
 
     def part(leaf: jax.Array) -> jax.Array:
         count = int(float(fraction) * leaf[0].size)
-        return leaf - _keep([leaf], jnp.int32(count))[0] if count else leaf
+        return leaf - keep([leaf], jnp.int32(count))[0] if count else leaf
 
     return lambda stacked: jax.tree.map(part, stacked)
 
@@ -166,16 +173,28 @@ def drop(density: float | jax.Array, key: jax.Array | int) -> Part:
     """
     if not isinstance(density, jax.core.Tracer) and not 0.0 < float(density) <= 1.0:
         raise ValueError(f"density must be in (0, 1], the probability that an entry is kept, but is {density}")
-    start = jax.random.key(key) if isinstance(key, int) else key
 
     def one(path: str, leaf: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(start, zlib.crc32(path.encode()))
-        keys = jax.vmap(lambda task: jax.random.fold_in(own, task))(jnp.arange(len(leaf), dtype=jnp.uint32))
-        p = jnp.asarray(density, leaf.dtype)
-        kept = jax.vmap(lambda key: jax.random.uniform(key, leaf.shape[1:]))(keys) < jnp.asarray(density, jnp.float32)
-        return jnp.where(kept, leaf / p, jnp.zeros_like(leaf))
+        kept = uniform(path, leaf, key) < jnp.asarray(density, jnp.float32)
+        return jnp.where(kept, leaf / jnp.asarray(density, leaf.dtype), jnp.zeros_like(leaf))
 
     return lambda stacked: trees.map_paths(one, stacked)
+
+
+def uniform(path: str, leaf: jax.Array, key: jax.Array | int) -> jax.Array:
+    """Draws in [0, 1) for every entry of a leaf ``[task, ...]``, from the key, the leaf's path and the task's place alone.
+
+    Args:
+      path: of the leaf.
+      leaf: whose shape is wanted.
+      key: a key, or the seed of one.
+
+    Returns:
+      Float32.
+    """
+    own = jax.random.fold_in(jax.random.key(key) if isinstance(key, int) else key, zlib.crc32(path.encode()))
+    keys = jax.vmap(lambda task: jax.random.fold_in(own, task))(jnp.arange(len(leaf), dtype=jnp.uint32))
+    return jax.vmap(lambda key: jax.random.uniform(key, leaf.shape[1:], jnp.float32))(keys)
 
 
 def elect(by: Literal["sum", "count"] = "sum") -> Part:
@@ -269,18 +288,28 @@ def _keep_largest(leaves: list[jax.Array], density: float | jax.Array) -> list[j
     total = sum(leaf[0].size for leaf in leaves)
     if total == 0:
         return leaves
-    if total > jnp.iinfo(jnp.int32).max:
-        raise ValueError(f"cannot rank {total} entries of one task together, more than 2**31 - 1; trim per tensor")
-    if isinstance(density, jax.core.Tracer):
-        kept = jnp.clip(jnp.floor(density * total).astype(jnp.int32), 1, total)
-    else:
-        kept = jnp.int32(max(1, int(float(density) * total)))
-    return _keep(leaves, kept)
+    return keep(leaves, jnp.clip(floor_of(density, total), 1, total))
+
+
+def floor_of(fraction: float | jax.Array, size: int) -> jax.Array:
+    """``floor(fraction * size)`` as an int32; a traced fraction is multiplied out in its own precision.
+
+    Raises:
+      ValueError: for more entries than an int32 can count.
+    """
+    if size > jnp.iinfo(jnp.int32).max:
+        raise ValueError(f"cannot rank {size} entries of one task together, more than 2**31 - 1; trim per tensor")
+    if isinstance(fraction, jax.core.Tracer):
+        return jnp.floor(fraction * size).astype(jnp.int32)
+    return jnp.int32(int(float(fraction) * size))
 
 
 @jax.jit
-def _keep(leaves: list[jax.Array], kept: jax.Array) -> list[jax.Array]:
-    """Zeroes all but the ``kept`` largest entries of each task; compiled once for all densities."""
+def keep(leaves: list[jax.Array], kept: jax.Array) -> list[jax.Array]:
+    """Zeroes all but the ``kept`` largest entries of each task, over all leaves ``[task, ...]`` together; see :func:`trim`.
+
+    Compiled once for all numbers.
+    """
     tasks = leaves[0].shape[0]
     # The bit patterns of non-negative floats order as the floats do.
     widest = max((jnp.dtype(leaf.dtype) for leaf in leaves), key=lambda dtype: dtype.itemsize)

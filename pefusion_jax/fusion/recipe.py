@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 Scalar = bool | int | float | str
 MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_MODELS, MAX_LAYERS = 2**20, 20_000, 16, 64, 4096
+_LONGEST_KEY, _LONGEST_WORD = 100, 4096
 DTYPES = ("float32", "bfloat16", "float16")
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -287,8 +288,7 @@ class _Parser:
         return tuple(self.scalar(entry, where) for entry in entries)
 
     def scalar(self, given: Any, where: str) -> Scalar:
-        # YAML 1.1 reads 1e-3 as a string.
-        value = float(given) if isinstance(given, str) and _NUMBER.fullmatch(given) else given
+        value = number_or_word(given)
         if isinstance(value, int) and abs(value) > 2**53:
             raise self.fail(where, "this number is too large")
         if not isinstance(value, (bool, int, float, str)) or (isinstance(value, float) and not math.isfinite(value)):
@@ -352,7 +352,9 @@ class _Parser:
             out: dict[str, Any] = {}
             for key_node, value_node in node.value:
                 key = key_node.value
-                if not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, str) or not key.isprintable():
+                plain = isinstance(key_node, yaml.ScalarNode) and isinstance(key, str)
+                # Every entry's path is kept, and an alias repeats what it stands for: a long key would be kept many times.
+                if not plain or not key.isprintable() or len(key) > _LONGEST_KEY:
                     raise self.fail(where, f"line {key_node.start_mark.line + 1}: a key must be a word")
                 path = f"{where}.{key}" if where else key
                 self._lines[path] = key_node.start_mark.line + 1
@@ -361,11 +363,18 @@ class _Parser:
                 out[key] = self._plain(value_node, path, depth + 1, construct)
             return out
         if isinstance(node, yaml.ScalarNode) and node.tag in _TAGS:
+            if len(node.value) > _LONGEST_WORD:
+                raise self.fail(where, f"a value of {len(node.value)} characters; at most {_LONGEST_WORD} are read")
             try:
                 return construct(node)
             except (ValueError, KeyError, AttributeError, IndexError, OverflowError):
                 pass
         raise self.fail(where, f"{_short(node.tag)} is not a number, a word, a list or a mapping")
+
+
+def number_or_word(value: Any) -> Any:
+    """A value as YAML 1.1 read it, but 1e-3, which it takes for a word, as the number that is meant."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from pefusion_jax import trees
 from pefusion_jax.deltas import Change, Delta
 from pefusion_jax.fusion.closed_form import regmean
 from pefusion_jax.fusion.layerwise import join
-from pefusion_jax.fusion.matching import check, fusion_of, require, scaled, unbound
+from pefusion_jax.fusion.matching import averaged, check, fusion_of, require, scaled, unbound
 from pefusion_jax.fusion.parts import Changes, Fusion
 
 
@@ -27,7 +27,8 @@ def regmean_pp(
 ) -> Fusion:
     """RegMean block by block, with the input moments that each task has when all earlier blocks are merged already.
 
-    A block is what shares a layer number; parameters above the blocks come first, below them in the order of their paths.
+    A block is what shares a layer number. Layers come in the order of their numbers, stacks and what is in no layer in that of
+    their paths, but what belongs to a ``decoder`` last. So a head outside the layers counts as early if its path comes first.
     The data is run through the model once for each block and task. For a model that is affine in its change
     (``network``, ``weight``) layers' inputs do not depend on earlier changes, and the result is :func:`regmean`'s.
 
@@ -68,9 +69,12 @@ def regmean_pp(
                     found[name] = statistics(
                         adapted, params, Delta(join(now, counts)), data[name], kinds=("inputs",), **options
                     )
+                own = {path: by_path[path] for path in blocks[block]}
+                if not any(path in s.moments for s in found.values() for path in own):
+                    merged |= {path: averaged(of_tasks) for path, of_tasks in own.items()}  # a norm outside the layers
+                    continue
                 method = regmean(found, off_diagonal=off_diagonal, damping=damping)
-                here = method.bind(names)  # type: ignore[misc]
-                merged |= here.changes({path: by_path[path] for path in blocks[block]})  # type: ignore[misc]
+                merged |= method.bind(names).changes(own)  # type: ignore[misc]
             return {path: scaled(change, scale) for path, change in merged.items()}
 
         return fusion_of(changes)
@@ -79,10 +83,11 @@ def regmean_pp(
 
 
 def _block(path: str) -> tuple[Any, ...]:
-    """Sorts parameters by the first layer number in their path: those without one that come before by name first."""
+    """Sorts parameters by the first layer number in their path, stacks and what has no number by path, decoders last."""
     segments = path.split("/")
+    last = "decoder" in segments
     place = next((i for i, segment in enumerate(segments) if segment.isdigit()), None)
-    return ("/".join(segments[:place]) if place is not None else path, -1 if place is None else int(segments[place]))
+    return (last, path, -1) if place is None else (last, "/".join(segments[:place]), int(segments[place]))
 
 
 def _stacked_counts(by_path: Iterable[str], params: Any) -> dict[str, int]:

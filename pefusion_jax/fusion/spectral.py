@@ -10,6 +10,7 @@ whatever vectors the SVD has put beside singular values of zero, which are arbit
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pefusion_jax import deltas
-from pefusion_jax.fusion.elementwise import task_arithmetic, weighted_average
+from pefusion_jax.fusion.elementwise import task_weights
 from pefusion_jax.fusion.matrices import (
     Factors,
     Matrices,
@@ -321,31 +322,41 @@ def wudi(
         raise ValueError(f"wudi's second moments are of each 'entry' or of the 'matrix', not {moments!r}")
 
     def core(given: Matrices) -> Factors:
-        stack = given.stack
-        squares = jnp.sum(jnp.square(stack), axis=(1, 2), keepdims=True)
-        weighted = stack * jnp.where(squares > 0, 2 / jnp.where(squares > 0, squares, jnp.ones_like(squares)), 0)
-        grams = weighted @ stack.mT
-        hessian, target = jnp.sum(grams, axis=0), jnp.sum(grams @ stack, axis=0)
-        entries = given.shape[0] * given.shape[1]
-        rate = jnp.asarray(learning_rate, stack.dtype)
-
-        def step(i: jax.Array, carry: Any) -> Any:
-            fused, first, second = carry
-            gradient = hessian @ fused - target
-            square = jnp.square(gradient)
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * (square if moments == "entry" else jnp.sum(square, keepdims=True) / entries)
-            count = (i + 1).astype(stack.dtype)
-            update = first / (1 - 0.9**count) / (jnp.sqrt(second / (1 - 0.999**count)) + 1e-8)
-            return fused - rate * update, first, second
-
-        start = jnp.sum(stack, axis=0)
-        second = jnp.zeros(start.shape if moments == "entry" else (1, 1), start.dtype)
-        fused, _, _ = jax.lax.fori_loop(0, steps, step, (start, jnp.zeros_like(start), second))
+        rate = jnp.asarray(learning_rate, given.stack.dtype)
+        entries = None if moments == "entry" else given.shape[0] * given.shape[1]
+        fused = _descended(given.stack, rate, steps, entries)
         return fused, jnp.eye(fused.shape[1], dtype=fused.dtype)
 
     method = matrixwise(core, scale, single=True)
     return method if moments == "matrix" else Fusion(method.apply)
+
+
+# Compiled once a shape: a loop whose body is a new function in every call would be compiled in every call.
+@functools.partial(jax.jit, static_argnames=("steps", "entries"))
+def _descended(stack: jax.Array, rate: jax.Array, steps: int, entries: int | None) -> jax.Array:
+    """Where Adam takes WUDI's objective from the sum of ``[task, m, n]``.
+
+    Its second moment is the mean over the ``entries`` of the parameter, or for ``None`` one of each entry.
+    """
+    squares = jnp.sum(jnp.square(stack), axis=(1, 2), keepdims=True)
+    weighted = stack * jnp.where(squares > 0, 2 / jnp.where(squares > 0, squares, jnp.ones_like(squares)), 0)
+    grams = weighted @ stack.mT
+    hessian, target = jnp.sum(grams, axis=0), jnp.sum(grams @ stack, axis=0)
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        fused, first, second = carry
+        gradient = hessian @ fused - target
+        square = jnp.square(gradient)
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * (square if entries is None else jnp.sum(square, keepdims=True) / entries)
+        count = (i + 1).astype(stack.dtype)
+        update = first / (1 - 0.9**count) / (jnp.sqrt(second / (1 - 0.999**count)) + 1e-8)
+        return fused - rate * update, first, second
+
+    start = jnp.sum(stack, axis=0)
+    second = jnp.zeros(start.shape if entries is None else (1, 1), start.dtype)
+    fused, _, _ = jax.lax.fori_loop(0, steps, step, (start, jnp.zeros_like(start), second))
+    return fused
 
 
 def cart(share: float = 0.08, strength: float | jax.Array = 1.0) -> Fusion:
@@ -387,10 +398,10 @@ def _side_by_side(columns: jax.Array) -> jax.Array:
 
 def _coefficients(weights: Weights, scale: Any) -> tuple[Callable[[int], jax.Array], tuple[str, ...] | None]:
     """Number of tasks -> scaled weights, and the tasks that they belong to; no weights are weights of 1."""
-    method = task_arithmetic(1.0) if weights is None else weighted_average(weights)
+    per_task, tasks = task_weights(weights, "a weighted sum")
 
     def coefficients(count: int) -> jax.Array:
-        values = (method.weights or jnp.ones)(count)
+        values = per_task(count)
         return values * jnp.asarray(scale, values.dtype)
 
-    return coefficients, method.tasks
+    return coefficients, tasks

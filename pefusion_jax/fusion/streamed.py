@@ -98,9 +98,10 @@ def linear(pieces: tuple[jax.Array, ...], coefficients: jax.Array, *, based: boo
 
 @functools.partial(jax.jit, static_argnames=("method", "based", "dtype"))
 def elementwise(pieces: tuple[jax.Array, ...], *, method: Fusion, based: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Any method that treats each coordinate by itself; and whether all of it is finite."""
+    """Any method that treats each coordinate by itself; and whether all of it is finite, inputs included."""
     base, vectors = _vectors(pieces, based)
-    return _finish(method.apply({"": jnp.stack(vectors)})[""], base, dtype)
+    out, finite = _finish(method.apply({"": jnp.stack(vectors)})[""], base, dtype)
+    return out, finite & _all_finite(vectors)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "dtype"))
@@ -133,7 +134,8 @@ def _ties(
     if settings.mean:
         divisor = _sum([jnp.where(a, share, zero) for a, share in zip(agree, shares, strict=True)])
         total = total / jnp.where(divisor == 0, jnp.ones((), jnp.float32), divisor)
-    return _finish(total * scale, base, dtype)
+    out, finite = _finish(total * scale, base, dtype)
+    return out, finite & _all_finite(vectors)
 
 
 @functools.partial(jax.jit, static_argnames=("settings",))
@@ -317,6 +319,11 @@ def _sum(values: list[jax.Array]) -> jax.Array:
     for value in values[1:]:
         total = total + value
     return total
+
+
+def _all_finite(vectors: list[jax.Array]) -> jax.Array:
+    """An election passes over a NaN, which agrees with no sign: it has to be looked for where it comes in."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(vector)) for vector in vectors]))
 
 
 def _finish(total: jax.Array, base: jax.Array | None, dtype: Any) -> tuple[jax.Array, jax.Array]:

@@ -6,7 +6,6 @@ Each such choice is one part here, so that ``conform="mergekit"`` and its like a
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pefusion_jax import trees
-from pefusion_jax.fusion import parts
-from pefusion_jax.fusion.parts import Part
+from pefusion_jax.fusion.parts import Part, floor_of, keep, uniform
 
 Tree = Any
 Weights = Callable[[int], jax.Array]
@@ -55,13 +53,6 @@ def _undo(path: str, laid: jax.Array, like: jax.Array) -> jax.Array:
     if not _by_output(path, like):
         return laid.reshape(like.shape)
     return jnp.moveaxis(laid.reshape(len(like), like.shape[-1], *like.shape[1:-1]), 1, -1)
-
-
-def uniform(path: str, leaf: jax.Array, key: jax.Array | int) -> jax.Array:
-    """Draws in [0, 1) for every entry, from the key, the leaf's path and the task's place alone; float32."""
-    own = jax.random.fold_in(jax.random.key(key) if isinstance(key, int) else key, zlib.crc32(path.encode()))
-    keys = jax.vmap(lambda task: jax.random.fold_in(own, task))(jnp.arange(len(leaf), dtype=jnp.uint32))
-    return jax.vmap(lambda key: jax.random.uniform(key, leaf.shape[1:]))(keys)
 
 
 def magprune(density: float | jax.Array, window: float | jax.Array, key: jax.Array | int, *, rescale: bool = True) -> Part:
@@ -117,7 +108,7 @@ def keep_floor(density: float | jax.Array) -> Part:
     """Keeps the ``floor(density * n)`` largest entries of each tensor, as PEFT does: none where that is zero."""
 
     def one(leaf: jax.Array) -> jax.Array:
-        return parts._keep([leaf], _floor(density, leaf[0].size))[0]
+        return keep([leaf], floor_of(density, leaf[0].size))[0]
 
     return lambda stacked: jax.tree.map(one, stacked)
 
@@ -128,7 +119,7 @@ def keep_one_more(density: float | jax.Array) -> Part:
     def part(stacked: Tree) -> Tree:
         leaves, structure = jax.tree.flatten(stacked)
         size = sum(leaf[0].size for leaf in leaves)
-        return jax.tree.unflatten(structure, parts._keep(leaves, jnp.minimum(_floor(density, size) + 1, size)))
+        return jax.tree.unflatten(structure, keep(leaves, jnp.minimum(floor_of(density, size) + 1, size)))
 
     return part
 
@@ -140,17 +131,11 @@ def keep_middle(density: float | jax.Array, outliers: float | jax.Array) -> Part
     """
 
     def one(leaf: jax.Array) -> jax.Array:
-        wanted = _floor(density, leaf[0].size)
-        removed = jnp.minimum(_floor(outliers, leaf[0].size), leaf[0].size - wanted)
-        return parts._keep([leaf], removed + wanted)[0] - parts._keep([leaf], removed)[0]
+        wanted = floor_of(density, leaf[0].size)
+        removed = jnp.minimum(floor_of(outliers, leaf[0].size), leaf[0].size - wanted)
+        return keep([leaf], removed + wanted)[0] - keep([leaf], removed)[0]
 
     return lambda stacked: jax.tree.map(one, stacked)
-
-
-def _floor(fraction: float | jax.Array, size: int) -> jax.Array:
-    if isinstance(fraction, jax.core.Tracer):
-        return jnp.floor(fraction * size).astype(jnp.int32)
-    return jnp.int32(int(float(fraction) * size))
 
 
 def weigh(weights: Weights) -> Part:

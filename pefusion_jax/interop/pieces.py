@@ -53,11 +53,15 @@ class Pieces:
         with self._opening:
             if path not in self._open:
                 file = open_file(path)
-                self._open[path] = file, threading.Lock()
                 # The data comes from the very handle whose header is checked here.
-                found, _ = parse(file, path, MAX_HEADER_BYTES)
-                if any(self.infos.get(name) != info for name, info in found.items()):
-                    raise WeightFileError(path, "the file was exchanged while it was read", remedy="run it again")
+                try:
+                    found, _ = parse(file, path, MAX_HEADER_BYTES)
+                    if any(self.infos.get(name) != info for name, info in found.items()):
+                        raise WeightFileError(path, "the file was exchanged while it was read", remedy="run it again")
+                except BaseException:
+                    file.close()
+                    raise
+                self._open[path] = file, threading.Lock()
             return self._open[path]
 
     def close(self) -> None:

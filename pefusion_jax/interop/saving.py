@@ -21,7 +21,7 @@ from pefusion_jax.interop import manifest
 from pefusion_jax.interop.hub import CONFIG, INDEX, WEIGHTS
 from pefusion_jax.interop.pretrained import read_config
 from pefusion_jax.interop.safetensors import write_safetensors
-from pefusion_jax.interop.weights import write_index
+from pefusion_jax.interop.weights import contained, write_index
 
 MAX_SHARD_BYTES = 5 * 10**9
 # What belongs to a model beside its weights and configuration.
@@ -151,9 +151,14 @@ def companions(source: Path) -> list[str]:
 
 
 def copy_companions(source: Path, folder: Path) -> list[str]:
-    """Copies tokenizer and processor files that exist in ``source``; returns their names."""
+    """Copies tokenizer and processor files that exist in ``source``; returns their names.
+
+    Raises:
+      WeightFileError: if one is a link that leads out of its folder: what it points to is not ours to pass on.
+    """
     found = companions(source)
     for name in found:
+        contained(source / name, source)
         shutil.copyfile(source / name, folder / name)
     return found
 

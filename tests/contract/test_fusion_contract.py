@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,3 +93,16 @@ def test_scanned_layers_give_what_unrolled_layers_give(row):
         layers = scanned.pop(f"layer/{rest}")
         scanned |= {f"layer/{i}/{rest}": layer for i, layer in enumerate(layers)}
     close(row, scanned, results(row)["pairs"])
+
+
+def test_every_method_is_a_row_here_and_in_the_readme():
+    made = {name: getattr(pf.fusion, name) for name in pf.fusion.__all__}
+    methods = {
+        name for name, made in made.items() if inspect.isfunction(made) and made.__annotations__.get("return") == "Fusion"
+    }
+    methods -= {"chain", "linear", "per_group"}  # of which methods are made
+    # One A for all tasks, and a model to run: their tests are in test_closed_form.py.
+    assert methods - {row.name.partition("-")[0] for row in METHODS} == {"regmean_shared", "regmean_pp"}
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    table = readme[readme.index("## Fusion") : readme.index("## What it costs")]
+    assert not {name for name in methods if f"`{name}`" not in table}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ import statistics_models as models
 import pefusion_jax as pf
 from pefusion_jax import fusion
 from pefusion_jax.deltas import Delta, LowRank, dense
-from pefusion_jax.moments import Moments, Statistics, compress, dense_moment, diagonal_moment
+from pefusion_jax.moments import Moments, Statistics, compress_statistics, dense_moment, diagonal_moment
 from pefusion_jax.statistics import statistics
+from pefusion_jax.trees import nest
 
 NAMES = ("a", "b", "c")
 IN, OUT = 5, 4
@@ -123,7 +125,7 @@ def test_gram_at_its_defaults_costs_next_to_nothing_more_than_the_optimum():
 
 def test_compressed_moments_are_used_as_what_they_multiply_out_to():
     deltas, stats = problem()
-    small = {name: compress(s, rank=1) for name, s in stats.items()}
+    small = {name: compress_statistics(s, rank=1) for name, s in stats.items()}
     deltas = {name: Delta({FULL: delta.leaves[FULL]}) for name, delta in deltas.items()}
     assert small["a"].size() < stats["a"].size()
 
@@ -279,3 +281,23 @@ def test_regmean_pp_uses_the_inputs_that_merged_blocks_give():
     plain = {n: statistics(adapted, params, trees[n], [models.BATCH], head=models.HEAD, kinds=("inputs",)) for n in trees}
     differently = pf.fuse(fusion.regmean(plain), own).leaves[last]
     assert float(jnp.abs(dense(differently) - dense(expected)).max()) > 1e-3
+
+
+def test_regmean_pp_merges_encoders_first_and_averages_what_has_no_moments(monkeypatch):
+    kernels = ["decoder/block/0/up/kernel", "encoder/block/0/up/kernel"]
+    shapes = dict.fromkeys(kernels, (3, 2)) | {"norm/scale": (3,)}
+    draw = np.random.default_rng(0).normal
+    own = {name: Delta({p: jnp.asarray(draw(size=s), jnp.float32) for p, s in shapes.items()}) for name in "ab"}
+    seen = []
+
+    def collected(adapted, params, delta, data, **options):
+        seen.append(delta.leaves)
+        return Statistics({path: Moments(jnp.eye(3)) for path in kernels}, {}, 1)
+
+    monkeypatch.setattr(sys.modules["pefusion_jax.statistics"], "statistics", collected)
+    params = nest({path: jnp.zeros(shape) for path, shape in shapes.items()})
+    got = pf.fuse(fusion.regmean_pp(None, params, {"a": [], "b": []}), own)
+    for path in shapes:
+        np.testing.assert_allclose(got.leaves[path], sum(d.leaves[path] for d in own.values()) / 2, atol=1e-6)
+    np.testing.assert_array_equal(seen[-1][kernels[1]], got.leaves[kernels[1]])
+    np.testing.assert_array_equal(seen[-1][kernels[0]], own["b"].leaves[kernels[0]])

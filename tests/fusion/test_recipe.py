@@ -141,6 +141,8 @@ def test_refusals_say_where_and_what(old, new, message):
         "x" * (MAX_BYTES + 1),
         "merge_method: linear\nmodels:\n" + "- {model: a}\n" * 1000,
         "merge_method: linear\nmodels: [{model: a, parameters: {weight: " + "9" * 5000 + "}}]",
+        "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1" + ":1" * 400_000 + "}}]",
+        "a: &a\n  ? " + "k" * 900_000 + "\n  : 1\nb: [" + "*a," * 9_000 + "]",
     ],
 )  # fmt: skip
 def test_bombs_are_refused_at_once(text):

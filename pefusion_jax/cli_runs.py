@@ -1,0 +1,350 @@
+"""The commands on runs: ``pefusion finetune | fuse | evaluate``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pefusion_jax.quickstart import Settings
+from pefusion_jax.runs import STATISTICS
+
+Out = Annotated[str, tyro.conf.arg(help="Folder to write. It must be empty or not exist.", metavar="DIR")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """Trains an adapter on one task and writes it with all that is needed to use it.
+
+    Example:  pefusion finetune --task spam --mode network --out runs/spam
+
+    Your data:  pefusion finetune --task path/of/a/folder --head linear --out runs/mine
+    """
+
+    task: str
+    """An embedded task (spam, supersense, genre, intents, wic, bible), or a folder with train, validation and test files
+    (.jsonl, .jsonl.gz, .csv, .parquet) whose rows have a text and a label."""
+    out: Out
+    model: str = Settings.model
+    """Hub id or folder of the base model."""
+    method: Literal["lora", "full"] = "lora"
+    """Low-rank adapters, or full fine-tuning of the targets."""
+    mode: Literal["plain", "network", "layer", "weight"] = "plain"
+    """Whether and how the adapted model is linearized."""
+    rank: int = 16
+    """Rank of low-rank adapters."""
+    alpha: float = 32.0
+    """Scale numerator of low-rank adapters."""
+    dropout: float = 0.0
+    """Dropout of the adapters' input."""
+    targets: str | None = None
+    """Regular expression for whole paths: of layers (default query and value), or of parameters for --method full."""
+    head: Literal["zero_shot", "linear"] = "zero_shot"
+    """Frozen head made from class descriptions, or fitted to the base model's features."""
+    steps: int = 200
+    """Training steps."""
+    batch_size: int = 16
+    """Examples of a step, over all devices."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    accumulate: int = 1
+    """Micro-batches of a step."""
+    max_length: int = 64
+    """Longest text, in tokens."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the base model; adapters are float32."""
+    validate_every: int = 0
+    """Steps between validations; the best adapters are kept. 0 keeps the last."""
+    checkpoint_dir: str | None = None
+    """Folder for the training state: the same command goes on from there after an interruption."""
+    checkpoint_every: int = 100
+    """Steps between two states."""
+    statistics: int = 0
+    """Training examples whose second moments are stored with the adapter, for 'fuse --method gram' and its like; no labels."""
+    seed: int = 0
+    """Seed of adapters, data order and dropout."""
+    overwrite: bool = False
+    """Replace a folder that is not empty."""
+    json: bool = False
+    """Print the scores as JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fuse:
+    """Fuses the adapters of several runs into one.
+
+    Example:  pefusion fuse runs/spam runs/intents --method ties --set density=0.2 scale=1.0 --out runs/fused
+
+    Without data, from moments stored with 'finetune --statistics 128':  pefusion fuse runs/* --method gram --out runs/fused
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders that 'pefusion finetune' wrote, all for the same base model, method and mode."""
+    out: Out
+    method: str = "task_arithmetic"
+    """Name of a method of pefusion_jax.fusion."""
+    set: tuple[str, ...] = ()
+    """Arguments of the method, NAME=VALUE; its own defaults for those that are not given."""
+    rank: int | None = None
+    """Bring the fused change to this rank, and say how much of it is lost."""
+    space: Literal["weight", "adapter"] = "weight"
+    """Combine weight changes, or the adapters' own leaves as the papers did."""
+    overwrite: bool = False
+    """Replace a folder that is not empty."""
+    json: bool = False
+    """Print what was written as JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Scores a run on tasks.
+
+    Example:  pefusion evaluate runs/fused --tasks spam intents
+    """
+
+    run: tyro.conf.Positional[str]
+    """Folder that 'pefusion finetune', 'fuse' or 'quickstart' wrote."""
+    tasks: tuple[str, ...] = ()
+    """Embedded tasks or folders; the run's own tasks if none is named."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Split to score."""
+    head: Literal["zero_shot", "linear"] | None = None
+    """Head of the tasks; the run's own if not given."""
+    max_length: int | None = None
+    """Longest text, in tokens; the run's own if not given."""
+    batch_size: int = 64
+    """Examples of a forward pass."""
+    json: bool = False
+    """Print the scores as JSON."""
+
+
+def finetune(given: Finetune) -> None:
+    """Runs :class:`Finetune`."""
+    import jax
+
+    import pefusion_jax as pf
+    from pefusion_jax import files, runs
+
+    with only_json(given.json), files.new_folder(given.out, given.overwrite) as folder:
+        model, params = pf.load_pretrained(given.model, dtype=given.dtype)
+        task = _tasks([given.task], given.model, model, params, given.head, given.max_length)[0]
+        method = (
+            pf.LoRA(rank=given.rank, alpha=given.alpha, dropout=given.dropout, targets=given.targets or Settings.targets)
+            if given.method == "lora"
+            else pf.FullFineTuning(targets=given.targets or r"encoder/.*/kernel")
+        )
+        adapted = pf.adapt(model, method)
+        inputs = pf.tasks.train_batch(task, 0, given.batch_size, given.seed)["inputs"]
+        phi0 = adapted.init(jax.random.key(given.seed), params, **inputs)
+        mode = None if given.mode == "plain" else given.mode
+        tuned = adapted if mode is None else pf.linearize(adapted, phi0, mode)
+        log = Path(given.checkpoint_dir or folder) / "metrics.jsonl"
+        try:
+            tree = pf.finetune(
+                tuned,
+                params,
+                task,
+                adapters=phi0 if mode is None else tuned.init(None, params),
+                steps=given.steps,
+                batch_size=given.batch_size,
+                learning_rate=given.learning_rate,
+                accumulate=given.accumulate,
+                seed=given.seed,
+                validate_every=given.validate_every,
+                checkpoint_dir=given.checkpoint_dir,
+                checkpoint_every=given.checkpoint_every,
+                log_file=log,
+                stochastic=given.dropout > 0,
+            )
+        except pf.training.Preempted as stopped:
+            raise ValueError(f"{stopped}; run the same command again to go on") from stopped
+        if log.parent != folder:
+            shutil.copy(log, folder)
+        base = pf.evaluate(adapted, params, phi0, [task])
+        scores = pf.evaluate(tuned, params, tree, [task])
+        result = {"zero_shot": base.to_dict(), "tuned": scores.to_dict()}
+        runs.save_run(
+            folder,
+            tree,
+            model=given.model,
+            params=params,
+            methods=method,
+            mode=mode,
+            adapters0=phi0,
+            tasks=[given.task],
+            head=given.head,
+            max_length=given.max_length,
+            settings=dataclasses.asdict(given),
+            scores=result,
+        )
+        if given.statistics:
+            found = pf.statistics(tuned, params, tree, task, examples=given.statistics, kinds=("inputs", "outputs", "fisher"))
+            pf.save_statistics(folder / STATISTICS, found)
+        trained = pf.trees.size(tuned.trainable(tree))
+        print(f"{trained:,} trained parameters; before:\n{base}\nafter:\n{scores}\nwritten to {given.out}")
+    if given.json:
+        print(json.dumps(result, indent=2))
+
+
+def fuse(given: Fuse) -> None:
+    """Runs :class:`Fuse`."""
+    import jax
+
+    import pefusion_jax as pf
+    from pefusion_jax import files, runs
+
+    if len(given.runs) < 2:
+        raise ValueError("fuse needs at least two runs: pefusion fuse RUN RUN ... --out DIR")
+    if twice := [name for place, name in enumerate(given.runs) if name in given.runs[:place]]:
+        raise ValueError(f"{twice[0]} is named twice; name each run once")
+    files.require_free(given.out, given.overwrite)
+    files.require_apart(given.out, *given.runs)
+    first = runs.load_run(given.runs[0])
+    loaded = {name: runs.load_run(name, base=(first.model, first.params)) for name in given.runs}
+    for name, run in loaded.items():
+        for entry in ("methods", "mode", "kind"):
+            if run.spec[entry] != first.spec[entry]:
+                raise ValueError(
+                    f"{name} and {given.runs[0]} differ in {entry}: {run.spec[entry]} and {first.spec[entry]}; only runs that "
+                    "were adapted alike can be fused"
+                )
+    pf.trees.require_same_structure({name: run.adapters0 for name, run in loaded.items()})
+    same_start = all(
+        bool((a == b).all())
+        for run in loaded.values()
+        for a, b in zip(jax.tree.leaves(run.adapters0), jax.tree.leaves(first.adapters0), strict=True)
+    )
+    if not same_start and (first.spec["mode"] is not None or given.space == "adapter"):
+        raise ValueError(
+            "the runs started from different adapters, so they have no common space to be fused in; train them with the same "
+            "--seed, or fuse plain adapters in --space weight"
+        )
+    method = _fusion_method(given)
+    given_trees = {name: run.tree for name, run in loaded.items()}
+    plain_start = first.adapters0 if first.spec["mode"] is None else None
+    tree = (
+        pf.fuse(method, given_trees, adapted=first.adapted, params=first.params)
+        if given.space == "weight"
+        else pf.fuse(method, given_trees, space="adapter", init=plain_start)
+    )
+    lost = None
+    if given.rank is not None:
+        if not isinstance(tree, pf.Delta):
+            raise ValueError("--rank is for weight changes; fuse in --space weight")
+        tree, _, lost = pf.compress(tree, given.rank)
+    names = list(dict.fromkeys(task for run in loaded.values() for task in run.spec.get("tasks", ())))
+    with files.new_folder(given.out, given.overwrite) as folder:
+        runs.save_run(
+            folder,
+            tree,
+            model=first.spec["model"],
+            params=first.params,
+            methods=runs.methods_of(first.spec),
+            mode=first.spec["mode"],
+            adapters0=first.adapters0 if same_start else None,
+            tasks=names,
+            head=first.spec.get("head", "zero_shot"),
+            max_length=first.spec.get("max_length", Settings.max_length),
+            settings=dataclasses.asdict(given),
+        )
+    summary: dict[str, Any] = {
+        "out": given.out,
+        "runs": list(given.runs),
+        "method": given.method,
+        "space": given.space,
+        "tasks": names,
+    }
+    text = f"fused {len(loaded)} runs by {given.method}; written to {given.out}"
+    if lost is not None:
+        summary["residual"] = float(lost)
+        text += f"; of rank {given.rank}, which leaves out {float(lost):.1%} of the change's norm"
+    print(json.dumps(summary, indent=2) if given.json else text)
+
+
+def _fusion_method(given: Fuse) -> Any:
+    """The method that a command names, with its arguments, and with the runs' statistics if it takes them."""
+    import yaml
+
+    from pefusion_jax import fusion, load_statistics
+    from pefusion_jax.fusion.named import our_parameters
+    from pefusion_jax.fusion.recipe import number_or_word
+    from pefusion_jax.trees import did_you_mean
+
+    known = our_parameters(given.method)
+    arguments: dict[str, Any] = {}
+    for text in given.set:
+        name, equals, value = text.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"--set {text}: {given.method} has no argument of this form{did_you_mean(name, known)}")
+        try:
+            arguments[name] = number_or_word(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {text}: the value is not a number, a word or a list of them") from error
+    if "statistics" in known:
+        files = {run: Path(run) / STATISTICS for run in given.runs}
+        for run, file in files.items():
+            if not file.is_file():
+                raise ValueError(f"{given.method} needs {file}; train {run} again with --statistics 128")
+        arguments["statistics"] = {run: load_statistics(file) for run, file in files.items()}
+    try:
+        return getattr(fusion, given.method)(**arguments)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{given.method} cannot be made of {', '.join(arguments) or 'nothing'}: {error}; see --set") from error
+
+
+def evaluate(given: Evaluate) -> None:
+    """Runs :class:`Evaluate`."""
+    import pefusion_jax as pf
+    from pefusion_jax import runs
+
+    with only_json(given.json):
+        run = runs.load_run(given.run)
+        names = list(given.tasks or run.spec.get("tasks", ()))
+        if not names:
+            raise ValueError(f"{given.run} does not say which tasks it is for; name them: --tasks spam intents")
+        suite = _tasks(
+            names,
+            run.spec["model"],
+            run.model,
+            run.params,
+            given.head or run.spec.get("head", "zero_shot"),
+            given.max_length or run.spec.get("max_length", Settings.max_length),
+        )
+        scores = pf.evaluate(run.adapted, run.params, run.tree, suite, split=given.split, batch_size=given.batch_size)
+        print(scores)
+    if given.json:
+        print(json.dumps(scores.to_dict(), indent=2))
+
+
+def _tasks(names: Sequence[str], model_id: str, model: Any, params: Any, head: str, max_length: int) -> list[Any]:
+    """Embedded tasks by name, and folders by path."""
+    from pefusion_jax import load_tokenizer, tasks
+
+    tokenizer = load_tokenizer(model_id)
+    known = sorted(tasks.embedded("all"))
+    for name in names:
+        if name not in known and not Path(name).is_dir():
+            raise ValueError(f"{name!r} is neither an embedded task ({', '.join(known)}) nor a folder")
+    return [
+        tasks.embedded_tasks(model, params, tokenizer, (name,), head=head, max_length=max_length)[0]
+        if name in known
+        else tasks.folder_task(name, model, params, tokenizer, head=head, max_length=max_length)
+        for name in names
+    ]
+
+
+@contextlib.contextmanager
+def only_json(active: bool) -> Iterator[None]:
+    """Keeps standard output for the JSON: everything else goes to standard error."""
+    if active:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    else:
+        yield
