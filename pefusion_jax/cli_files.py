@@ -82,6 +82,8 @@ class Merge:
     """Largest file of weights, for example 300MB."""
     seed: int = 0
     """Seed of methods that drop entries at random."""
+    digest_inputs: bool = False
+    """Record the SHA-256 of the inputs' weights too, for which they are read once more."""
     dry_run: bool = False
     """Read and check everything but the weights, write nothing, and print the plan."""
     overwrite: bool = False
@@ -175,6 +177,7 @@ def merge(given: Merge) -> None:
         dry_run=given.dry_run,
         progress=progress,
         overwrite=given.overwrite,
+        digest_inputs=given.digest_inputs,
         command=("pefusion", *sys.argv[1:]),
     )
     if given.json:

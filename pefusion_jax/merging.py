@@ -68,6 +68,7 @@ def merge_files(
     dry_run: bool = False,
     progress: Progress | None = None,
     overwrite: bool = False,
+    digest_inputs: bool = False,
     command: Sequence[str] | None = None,
 ) -> Merged:
     """Merges models, file to file, by a recipe (see ``pefusion_jax.fusion.recipe``).
@@ -89,6 +90,8 @@ def merge_files(
       dry_run: check everything and write nothing.
       progress: called with the number of tensors done, that of all, and the tensor's name.
       overwrite: replace a folder that is not empty.
+      digest_inputs: put the SHA-256 of the inputs' weights into manifest and card. They are read once more for it, which can
+        take longer than the merge. Those of what is written are always there.
       command: the command line, for the card.
 
     Returns:
@@ -116,7 +119,10 @@ def merge_files(
 
     by_name = {tensor.name: tensor for tensor in plan.tensors}
     with files.new_folder(target, overwrite) as folder, concurrent.futures.ThreadPoolExecutor(1) as beside:
-        described = {name: beside.submit(manifest.describe_input, name, model.folder) for name, model in plan.models.items()}
+        described = {
+            name: beside.submit(manifest.describe_input, name, model.folder, weights=digest_inputs)
+            for name, model in plan.models.items()
+        }
         try:
             digests = {}
             done = 0

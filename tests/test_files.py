@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all."""
 
+import errno
 import os
 import stat
 
@@ -43,3 +44,24 @@ def test_what_is_read_is_not_replaced(tmp_path):
             files.require_apart(tmp_path / out, tmp_path / "elsewhere", tmp_path / "runs" / "a")
     files.require_apart(tmp_path / "runs" / "a" / "deeper", tmp_path / "runs" / "a")
     files.require_apart(tmp_path / "runs" / "ab", tmp_path / "runs" / "a")
+
+
+def test_room_is_reserved_where_the_system_can(tmp_path, monkeypatch):
+    with files.replacing(tmp_path / "file") as file:
+        files.reserve(file, 5)
+        file.write(b"12345")
+    assert (tmp_path / "file").read_bytes() == b"12345"
+
+    def refuse(error):
+        def fallocate(*args):
+            raise OSError(error, os.strerror(error))
+
+        return fallocate
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse(errno.EOPNOTSUPP))
+    with files.replacing(tmp_path / "file") as file:
+        files.reserve(file, 5)
+    monkeypatch.setattr(os, "posix_fallocate", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space"), files.replacing(tmp_path / "other") as file:
+        files.reserve(file, 5)
+    assert not (tmp_path / "other").exists()

@@ -230,12 +230,14 @@ def test_what_is_written(root, tmp_path, capsys, monkeypatch):
     assert verify(out).ok
     stated = json.loads((out / "manifest.json").read_text())
     assert set(stated["inputs"]) == {str(root / name) for name in make_merge.MODELS}
-    assert all("model.safetensors" in entry["sha256"] for entry in stated["inputs"].values())
+    assert all(set(entry["sha256"]) == {"config.json"} for entry in stated["inputs"].values())
     card = (out / "README.md").read_text()
     assert "merge_method: ties" in card and "density: 0.4" in card and "sha256" in card
     assert main(["merge", str(config), str(out)]) == 1 and "not empty" in capsys.readouterr().err
     first = (out / "model.safetensors").read_bytes()
-    assert main(["merge", str(config), str(out), "--overwrite", "--threads", "1"]) == 0
+    assert main(["merge", str(config), str(out), "--overwrite", "--threads", "1", "--digest-inputs"]) == 0
+    stated = json.loads((out / "manifest.json").read_text())
+    assert all("model.safetensors" in entry["sha256"] for entry in stated["inputs"].values())
     assert (out / "model.safetensors").read_bytes() == first
     assert pf.load_pretrained(out)[0].config.num_hidden_layers == make_merge.LAYERS
     assert main(["merge", str(config), str(root), "--overwrite"]) == 1

@@ -115,5 +115,7 @@ def test_statistics_of_other_parameters_are_refused():
     adapted, params, _, point = models.build()
     function, arrays = interference({"o": other()})
     arrays = {**arrays, "moments": {f"encoder/{path}": moments for path, moments in arrays["moments"].items()}}
-    with pytest.raises(ValueError, match="the statistics know none of the parameters that change: embed/embedding, .* encoder/embed/embedding"):
+    with pytest.raises(
+        ValueError, match="the statistics know none of the parameters that change: embed/embedding, .* encoder/embed/embedding"
+    ):
         function(arrays, adapted, params, point)

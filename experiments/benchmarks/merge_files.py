@@ -7,7 +7,7 @@ rounds, each from a cold page cache where the system lets us drop it, and each u
 
 - ``copy``: the four models copied file by file (``cp``, then ``fsync``);
 - ``pefusion``: ``pefusion merge`` of the recipes ``linear`` (four models) and ``ties`` (base and four models, density 0.5), as
-  processes of their own, with imports, digests of all inputs and outputs, manifest and card;
+  processes of their own, with imports, digests of what is written, manifest and card;
 - ``mergekit``: ``mergekit-yaml`` with the same recipes, and an ``fsync``.
 
 The speed of a copy is (bytes read + bytes written) / second; a merge's is counted alike (it writes a fourth or fifth of what it

@@ -127,9 +127,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def describe_input(source: str, folder: Path) -> dict[str, Any]:
-    """The entry of an input: where it was said to come from, and digests of its weights and configurations."""
-    suffixes = (".safetensors", "config.json")
+def describe_input(source: str, folder: Path, *, weights: bool = True) -> dict[str, Any]:
+    """The entry of an input: where it was said to come from, and digests of its configurations and, if wanted, its weights."""
+    suffixes = ("config.json", ".safetensors") if weights else ("config.json",)
     return {
         "source": source,
         "sha256": {name: sha256(folder / name) for name in _listed(folder) if name.endswith(suffixes)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -102,7 +103,9 @@ def writing(path: Path, kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -
       The order in which the tensors have to come, and what takes their bytes.
     """
     order, start = file_start(path, kinds)
+    size = len(start) + sum(dtype.itemsize * math.prod(shape) for dtype, shape in kinds.values())
     with files.replacing(path) as file, concurrent.futures.ThreadPoolExecutor(1) as thread:
+        files.reserve(file, size)
         writer = Writer(file, thread)
         writer.append(start)
         yield order, writer

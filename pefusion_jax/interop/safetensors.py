@@ -167,6 +167,7 @@ def write_safetensors(
     path = Path(path)
     order, start = file_start(path, kinds, metadata)
     with files.replacing(path) as file:
+        files.reserve(file, len(start) + sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in kinds.values()))
         file.write(start)
         for name in order:
             array = _storable(path, name, make(name))

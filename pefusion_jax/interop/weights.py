@@ -61,6 +61,9 @@ class Weights(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self.infos)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.infos  # a Mapping's own would read the tensor to see whether it is there
+
     def __getitem__(self, name: str) -> np.ndarray:
         return next(iter_safetensors(self._file[name], [name]))[1]
 
