@@ -275,7 +275,11 @@ def main():
     if options.part != "peers":
         width = 512 if options.quick else options.width
         rows = cores(width, options.tasks, options.methods, options.time_one, options.repetitions)
-        result["cores"] = {"width": width, "rank": RANK, "tasks": options.tasks, "methods": rows}
+        known = {"width": width, "rank": RANK, "tasks": options.tasks}
+        earlier = result.get("cores", {})
+        if {name: earlier.get(name) for name in known} == known:
+            rows = earlier["methods"] | rows  # methods may be run one by one
+        result["cores"] = known | {"methods": rows}
     if options.part != "cores":
         width, layers = (256, 2) if options.quick else (1024, 24)
         rows = peers(width, layers, options.tasks, options.peer_layers, options.fusion_bench_python, options.repetitions)

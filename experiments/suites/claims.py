@@ -38,7 +38,8 @@ def angles(tuned: Tuned, params: Any, out: Path, name: str) -> dict[str, Any]:
 def disentanglement(tuned: Tuned, base: Base, tasks: Sequence[Any], out: Path, name: str) -> dict[str, Any]:
     """Mean disentanglement error on [0, 1]^2 and on the whole grid, over pairs of tasks that are spread over the suite."""
     names = [task.name for task in tasks]
-    pairs = list(itertools.combinations(names, 2))[:: len(names) * (len(names) - 1) // 2 // PAIRS][:PAIRS]
+    pairs = list(itertools.combinations(names, 2))
+    pairs = pairs[:: max(1, len(pairs) // PAIRS)][:PAIRS]
     errors = {
         pair: evaluation.disentanglement_error(
             tuned.adapted, base.params, tuned.trees, pair, [task for task in tasks if task.name in pair], ALPHAS
