@@ -149,9 +149,10 @@ def statistics() -> dict[str, Statistics]:
     """Random moments and Fisher diagonals of every parameter, for each task."""
     rng = np.random.default_rng(5)
 
-    def moment(size: int) -> jax.Array:
+    # NumPy's arrays, since the first call may be under jit, whose values must not be kept.
+    def moment(size: int) -> np.ndarray:
         factor = rng.normal(size=(size, 2 * size))
-        return jnp.asarray(factor @ factor.T / size, jnp.float32)
+        return np.asarray(factor @ factor.T / size, np.float32)
 
     found = {}
     for task in TASKS:
@@ -160,7 +161,7 @@ def statistics() -> dict[str, Statistics]:
             path: Moments(moment(1 if len(change.shape) == 1 else change.shape[0]), moment(change.shape[-1]))
             for path, change in leaves.items()
         }
-        fishers = {path: jnp.asarray(rng.gamma(1.0, size=change.shape), jnp.float32) for path, change in leaves.items()}
+        fishers = {path: np.asarray(rng.gamma(1.0, size=change.shape), np.float32) for path, change in leaves.items()}
         found[task] = Statistics(moments, fishers, 8)
     return found
 
