@@ -75,7 +75,8 @@ def solve(
     out: dict[str, Change] = {}
     for paths in groups.values():
         size = sum(leaf.size for leaf in jax.tree.leaves(problems[paths[0]]))
-        at_once = max(1, _ELEMENTS // max(size, 1))
+        # XLA's products of stacked matrices are many times slower than of single ones on a CPU.
+        at_once = 1 if jax.default_backend() == "cpu" else max(1, _ELEMENTS // max(size, 1))
         for first in range(0, len(paths), at_once):
             group = paths[first : first + at_once]
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(problems[path] for path in group))
