@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pefusion_jax as pf
 from pefusion_jax import fusion
 
-LENGTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+LENGTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
 
 class Context(NamedTuple):
