@@ -257,16 +257,9 @@ def _network_scorer(kind: _Kind, params: Any, suite: Sequence[Any]) -> _Scorer:
                 moved[task.name] = features - known.base[task.name]
             along = known._replace(names=("direction",), moved={name: value[None] for name, value in moved.items()})
             table = evaluation.sweep(along, here, np.asarray(scales)[:, None])
-        return [_scores(here, row, known.labels) for row in table]
+        return [evaluation.accuracy_scores(here, row, known.labels) for row in table]
 
     return score
-
-
-def _scores(suite: Sequence[Any], values: Any, labels: Mapping[str, Any]) -> evaluation.Scores:
-    """Accuracies with their binomial standard errors."""
-    found = {task.name: float(value) for task, value in zip(suite, values, strict=True)}
-    counts = {name: len(labels[name]) for name in found}
-    return evaluation.Scores(found, {n: float(np.sqrt(p * (1.0 - p) / counts[n])) for n, p in found.items()}, counts)
 
 
 def _units(kind: _Kind) -> dict[str, _Direction]:

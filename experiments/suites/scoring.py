@@ -52,16 +52,9 @@ def affine_scorer(adapted: pf.Adapted, params: Any, tasks: Sequence[Any]) -> Sco
         cached = known[split]
         moved = {name: (found - cached.base[name])[None] for name, (found, _) in features(dense, split).items()}
         table = evaluation.sweep(cached._replace(moved=moved), tasks, np.asarray(scales)[:, None])
-        return [scores_of(tasks, row, cached.labels) for row in table]
+        return [evaluation.accuracy_scores(tasks, row, cached.labels) for row in table]
 
     return score
-
-
-def scores_of(tasks: Sequence[Any], values: Any, labels: Mapping[str, Any]) -> evaluation.Scores:
-    """Accuracies with their binomial standard errors."""
-    found = {task.name: float(value) for task, value in zip(tasks, values, strict=True)}
-    counts = {name: len(labels[name]) for name in found}
-    return evaluation.Scores(found, {n: float(np.sqrt(p * (1 - p) / counts[n])) for n, p in found.items()}, counts)
 
 
 def dense_changes(changes: Mapping[str, pf.Delta]) -> dict[str, pf.Delta]:

@@ -24,7 +24,7 @@ from pefusion_jax.evaluation.groups import Grouped, cache_groups
 from pefusion_jax.evaluation.page import Page, write_page
 from pefusion_jax.evaluation.plots import plot_cosine, plot_scores, plot_sweep
 from pefusion_jax.evaluation.report import Comparison, Row
-from pefusion_jax.evaluation.scores import Scores, evaluate, evaluate_base, predict
+from pefusion_jax.evaluation.scores import Scores, accuracy_scores, evaluate, evaluate_base, predict
 from pefusion_jax.evaluation.sweep import (
     Best,
     Cached,
@@ -36,6 +36,7 @@ from pefusion_jax.evaluation.sweep import (
 )
 
 __all__ = [
+    "accuracy_scores",
     "Best",
     "Cached",
     "Combination",

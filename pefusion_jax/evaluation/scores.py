@@ -209,6 +209,19 @@ def named_tasks(tasks: Iterable[Task] | Mapping[str, Task]) -> dict[str, Task]:
     return by_name
 
 
+def accuracy_scores(tasks: Iterable[Task], values: Iterable[float], labels: Mapping[str, Any]) -> Scores:
+    """Scores of accuracies that were computed from cached outputs, with their binomial standard errors.
+
+    Args:
+      tasks: in the order of ``values``.
+      values: one accuracy a task, a row of :func:`~pefusion_jax.evaluation.sweep`.
+      labels: task name -> ``[n]``, as in ``Cached.labels``.
+    """
+    found = {task.name: float(value) for task, value in zip(tasks, values, strict=True)}
+    counts = {name: len(labels[name]) for name in found}
+    return Scores(found, {n: float(np.sqrt(p * (1.0 - p) / counts[n])) for n, p in found.items()}, counts)
+
+
 def standard_error(task: Task, logits: np.ndarray, labels: np.ndarray, score: float) -> float:
     r"""Standard error of a score over examples: :math:`\sqrt{p(1-p)/n}` for an accuracy, else by bootstrap.
 

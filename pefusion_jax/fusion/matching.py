@@ -17,6 +17,7 @@ One = Callable[[str, tuple[Change, ...], list[Any]], Change]
 
 
 def check(off_diagonal: Any, damping: float) -> None:
+    """Refuses a shrinkage outside [0, 1] or a damping outside [0, 1), as far as they are known now."""
     if not isinstance(off_diagonal, jax.core.Tracer) and not 0.0 <= float(off_diagonal) <= 1.0:
         raise ValueError(f"off_diagonal={off_diagonal} is a factor in [0, 1]")
     if not isinstance(damping, jax.core.Tracer) and not 0.0 <= float(damping) < 1.0:
@@ -24,10 +25,12 @@ def check(off_diagonal: Any, damping: float) -> None:
 
 
 def unbound(stacked: Any) -> Any:
+    """What a method that goes by names does without them: it says how to give them."""
     raise ValueError("this method goes by the names of the tasks; use it with fuse(method, {task name: tree}, ...)")
 
 
 def require(by_task: Mapping[str, Any], names: Iterable[str], what: str) -> None:
+    """Refuses trees for whose names there is no entry."""
     for name in names:
         if name not in by_task:
             raise ValueError(
@@ -37,6 +40,7 @@ def require(by_task: Mapping[str, Any], names: Iterable[str], what: str) -> None
 
 
 def require_outputs(by_task: Mapping[str, Mapping[str, Moments]]) -> None:
+    """Refuses statistics without output moments, naming the task and the parameter."""
     for name, moments in by_task.items():
         for path, found in moments.items():
             if found.outputs is None:
@@ -108,6 +112,8 @@ def _is_nothing(change: Change) -> bool:
 
 
 def by_name(by_task: Mapping[str, Mapping[str, Any]], one: One, scale: Any, shape: Callable[[Any], Any], kinds: str) -> Fusion:
+    """A method that combines one parameter at a time, by what each task knows of it; the others are averaged."""
+
     def bind(names: tuple[str, ...]) -> Fusion:
         require(by_task, names, f"statistics ({kinds})")
 
@@ -135,11 +141,13 @@ def fusion_of(changes: Callable[[Changes], dict[str, Change]]) -> Fusion:
 
 
 def scaled(change: Change, scale: Any) -> Change:
+    """The change times a scale; at a scale of 1 the very change, bit for bit."""
     if isinstance(scale, (int, float)) and scale == 1:
         return change
     return change * jnp.asarray(scale, change.dtype)
 
 
 def averaged(changes: tuple[Change, ...]) -> Change:
+    """The plain average; pairs stay pairs."""
     weight = jnp.full((len(changes),), 1.0 / len(changes), changes[0].dtype)
     return weighted_sum(list(changes), weight)
