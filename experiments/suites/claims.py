@@ -17,10 +17,9 @@ import numpy as np
 import pefusion_jax as pf
 from experiments.suites import scoring
 from experiments.suites.kinds import Base, Tuned
-from experiments.suites.methods import LENGTHS
 from pefusion_jax import evaluation, fusion
 
-SUBSETS = 6  # of each size, the same for every kind of tuning
+SUBSETS = 4  # of each size, the same for every kind of tuning
 ALPHAS = np.linspace(-2.0, 2.0, 9)
 PAIRS = 3
 
@@ -60,7 +59,8 @@ def over_subsets(
 ) -> dict[str, Any]:
     """Task arithmetic over subsets of the tasks: normalized score of the fused tasks, the length chosen on their validation."""
     changes = scoring.dense_changes(tuned.changes(base.params))
-    make = scoring.affine_scorer if tuned.kind.mode == "network" else scoring.plain_scorer
+    linear = tuned.kind.mode == "network"
+    make = scoring.affine_scorer if linear else scoring.plain_scorer
     names = [task.name for task in tasks]
     rng = np.random.default_rng(0)
     rows: dict[str, Any] = {}
@@ -73,10 +73,9 @@ def over_subsets(
             score = make(plain, base.params, here)
             total = pf.fuse(fusion.task_arithmetic(1.0), {name: changes[name] for name in subset})
             total = jax.tree.map(np.asarray, total)
-            length = float(np.mean([scoring.norm(changes[name]) for name in subset]))
-            scales = [times * length / scoring.norm(total) for times in LENGTHS]
-            validation = [np.mean([s[n] / reference[n] for n in subset]) for s in score(total, scales, "validation")]
-            test = score(total, [scales[int(np.argmax(validation))]], "test")[0]
+            unit = float(np.mean([scoring.norm(changes[name]) for name in subset])) / scoring.norm(total)
+            times, _ = scoring.best_length(score, total, unit, scoring.LENGTHS, reference, linear)
+            test = score(total, [unit * times], "test")[0]
             absolute.append(test.mean)
             normalized.append(float(np.mean([test[name] / own[name] for name in subset])))
         rows[str(size)] = {

@@ -33,6 +33,7 @@ class Kind(NamedTuple):
       mode: of ``linearize``, or ``None``.
       full: train the encoder's own weights in place of LoRA.
       rates: peak learning rates to choose from.
+      control: compared with a few fusion methods only.
       apart: weight of the penalty on interference with the other tasks, which needs their stored moments and no data.
     """
 
@@ -40,17 +41,18 @@ class Kind(NamedTuple):
     mode: str | None
     full: bool
     rates: tuple[float, ...]
+    control: bool = False
     apart: float = 0.0
 
 
 # A layer-linearized LoRA at B = 0 is LoRA with its random A frozen, function for function, so one row stands for both.
 KINDS = {
     "lora": Kind("LoRA", None, False, (1e-3, 3e-3, 1e-2)),
-    "frozen_a": Kind("LoRA, A frozen (= L-LoRA layer)", "layer", False, (1e-3, 3e-3, 1e-2)),
-    "network": Kind("L-LoRA network", "network", False, (1e-3, 3e-3, 1e-2)),
-    "lora_apart": Kind("LoRA + interference penalty", None, False, (1e-3, 3e-3, 1e-2), 1.0),
-    "network_apart": Kind("L-LoRA network + interference penalty", "network", False, (1e-3, 3e-3, 1e-2), 1.0),
-    "full": Kind("full fine-tuning", None, True, (5e-5, 2e-4, 8e-4)),
+    "frozen_a": Kind("LoRA, A frozen (= L-LoRA layer)", "layer", False, (1e-3, 3e-3, 1e-2, 3e-2), True),
+    "network": Kind("L-LoRA network", "network", False, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "lora_apart": Kind("LoRA + interference penalty", None, False, (1e-3, 3e-3, 1e-2), True, 1.0),
+    "network_apart": Kind("L-LoRA network + interference penalty", "network", False, (1e-3, 3e-3, 1e-2, 3e-2), True, 1.0),
+    "full": Kind("full fine-tuning", None, True, (5e-5, 2e-4, 8e-4), True),
 }
 
 
@@ -184,7 +186,7 @@ def choose_rate(
     """Learning rate with the best validation score on one task, seed 0; of equal ones the smallest."""
     found = {}
     for rate in KINDS[kind_name].rates:
-        tree = train(base, kind_name, task, 0, rate, folder / f"{rate:g}", say)
+        tree = train(base, kind_name, task, 0, rate, folder / task.name / f"{rate:g}", say)
         adapted = adapted_for(base, kind_name, 0)[1]
         found[f"{rate:g}"] = pf.evaluate(adapted, base.params, tree, [task], split="validation")[task.name]
     best = max(found.values())

@@ -1,18 +1,17 @@
 """The fusion methods that the suites compare, each at unit scale; lengths are chosen on validation data, the same for all.
 
-A method's result is a direction in weight space. Its length is chosen from ``LENGTHS`` times the mean length of the task
-vectors, so that no method is favoured by the grid that its paper happened to use. ``fixed`` rows are taken as they come.
+A method's result is a direction in weight space. Its length is chosen from ``scoring.LENGTHS`` times the mean length of the
+task vectors, so that no method is favoured by the grid that its paper happened to use. ``fixed`` rows are taken as they come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pefusion_jax as pf
-from pefusion_jax import fusion
-
-LENGTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+from experiments.suites.kinds import Kind, Tuned
+from pefusion_jax import evaluation, fusion
 
 
 class Context(NamedTuple):
@@ -22,20 +21,28 @@ class Context(NamedTuple):
       adapted: the model that directions are scored with.
       params: its base parameters.
       tasks: the tasks.
+      tuned: the single-task models.
       statistics: ``() -> `` task name -> statistics of its own tuned model on its own training inputs.
+      outputs: ``() -> `` features on the validation split, where the model is linear in the network.
+      grouped: ``() -> `` the same by layer.
+      reference: task name -> validation score of its own model.
     """
 
     adapted: pf.Adapted
     params: Any
     tasks: list[Any]
+    tuned: Tuned
     statistics: Callable[[], Mapping[str, Any]]
+    outputs: Callable[[], evaluation.Cached]
+    grouped: Callable[[], evaluation.Grouped]
+    reference: Mapping[str, float]
 
     def objective(self, kind: str, examples: int) -> fusion.Objective:
         """Entropy or cross-entropy of a fused change on a few validation examples of every task."""
         return fusion.objective(self.adapted, self.params, self.tasks, kind, examples=examples, batch_size=16)  # type: ignore[arg-type]
 
 
-Options = Callable[[Context], Mapping[str, fusion.Fusion]]
+Options = Callable[[Context], Mapping[str, fusion.Fusion | pf.Delta]]
 
 
 class Method(NamedTuple):
@@ -44,15 +51,17 @@ class Method(NamedTuple):
     Attributes:
       data: what of the tasks it needs beyond the adapters: ``"none"``, ``"statistics"`` (moments stored with each adapter),
         ``"unlabelled"`` or ``"labelled"`` examples (of the validation split).
-      options: context -> label of a setting -> fusion method; the setting is chosen on validation data with the length.
-      fixed: nothing is chosen on validation data: the first setting at scale 1.
-      low_rank: for changes that are low-rank pairs only.
+      options: context -> label of a setting -> fusion method, or what it gives; the setting is chosen on validation data with
+        the length.
+      fixed: the length is the method's own.
+      only: the tunings that it is for: low-rank pairs (``"pairs"``), LoRA run as it is (``"lora"``), or a model that is
+        linear in the network (``"network"``); ``""`` for all.
     """
 
     data: str
     options: Options
     fixed: bool = False
-    low_rank: bool = False
+    only: Literal["", "pairs", "lora", "network"] = ""
 
 
 def _one(make: Callable[[], fusion.Fusion]) -> Options:
@@ -65,6 +74,45 @@ def _each(name: str, values: tuple[float, ...], make: Callable[[float], fusion.F
 
 def _gram(**options: Any) -> Options:
     return lambda context: {"": fusion.gram(context.statistics(), **options)}
+
+
+def _factors(scales: tuple[float, ...]) -> Options:
+    """LoRA's A and B added up apart, as the papers do: no fusion of weight changes, since the product is not linear in them."""
+
+    def options(context: Context) -> dict[str, pf.Delta]:
+        tuned = context.tuned
+        fused = {
+            scale: pf.fuse(fusion.task_arithmetic(scale), tuned.trees, space="adapter", init=tuned.start) for scale in scales
+        }
+        return {f"scale {scale:g}": tuned.adapted.deltas(context.params, tree) for scale, tree in fused.items()}
+
+    return options
+
+
+def _searched(loss: str, layerwise: bool) -> Options:
+    return lambda context: {
+        "": fusion.adamerging(context.objective(loss, 24), layerwise=layerwise, steps=30, learning_rate=2e-2)
+    }
+
+
+def _solved(loss: Any, layerwise: bool) -> Options:
+    """Coefficients from cached features; the penalty is chosen by validation score, with labels also against a grid."""
+
+    def options(context: Context) -> dict[str, fusion.Fusion]:
+        cached = context.grouped() if layerwise else context.outputs()
+        reference = [context.reference[task.name] for task in context.tasks]
+        if loss == "cross_entropy":
+            found = [evaluation.best_combination(cached, context.tasks, losses=(loss,), reference=reference)]
+            labels = [found[0].source]
+        else:
+            penalties = (1e-3, 1e-2, 1e-1)
+            found = [evaluation.solve_coefficients(cached, context.tasks, loss=loss, l2=l2) for l2 in penalties]
+            labels = [f"l2 {l2:g}" for l2 in penalties]
+        if layerwise:
+            return {label: cached.fusion(one.coefficients) for label, one in zip(labels, found, strict=True)}
+        return {label: fusion.task_arithmetic(one.by_name()) for label, one in zip(labels, found, strict=True)}
+
+    return options
 
 
 METHODS: dict[str, Method] = {
@@ -83,30 +131,42 @@ METHODS: dict[str, Method] = {
     "Iso-C": Method("none", _one(fusion.iso_c)),
     "Iso-CTS": Method("none", _one(fusion.iso_cts)),
     "KnOTS-TIES": Method("none", _one(fusion.knots)),
-    "Core Space, TIES": Method("none", _one(lambda: fusion.core_space(fusion.ties(0.5))), low_rank=True),
-    "Core Space, isotropic": Method("none", _one(lambda: fusion.core_space(isotropize=True)), low_rank=True),
+    "Core Space, TIES": Method("none", _one(lambda: fusion.core_space(fusion.ties(0.5))), only="pairs"),
+    "Core Space, isotropic": Method("none", _one(lambda: fusion.core_space(isotropize=True)), only="pairs"),
     "SVC + task arithmetic": Method("none", _one(lambda: fusion.svc(fusion.task_arithmetic(1.0)))),
     "WUDI": Method("none", _one(fusion.wudi)),
     "Fisher": Method("statistics", lambda context: {"": fusion.fisher(context.statistics())}),
     "RegMean": Method("statistics", lambda context: {"": fusion.regmean(context.statistics(), off_diagonal=0.9)}),
     "Kronecker": Method("statistics", _gram()),
     "Kronecker, scale 1": Method("statistics", _gram(), fixed=True),
-    "AdaMerging, task-wise": Method(
-        "unlabelled",
-        lambda context: {
-            "": fusion.adamerging(context.objective("entropy", 48), layerwise=False, steps=60, learning_rate=1e-2)
-        },
-        fixed=True,
-    ),
-    "AdaMerging, layer-wise": Method(
-        "unlabelled",
-        lambda context: {"": fusion.adamerging(context.objective("entropy", 48), steps=60, learning_rate=1e-2)},
-        fixed=True,
-    ),
+    "task arithmetic in factor space": Method("none", _factors((0.125, 0.2, 0.3, 0.45, 0.7, 1.0)), fixed=True, only="lora"),
+    "average in factor space": Method("none", _factors((1 / 8,)), fixed=True, only="lora"),
+    "AdaMerging, task-wise": Method("unlabelled", _searched("entropy", False), fixed=True, only="lora"),
+    "AdaMerging, layer-wise": Method("unlabelled", _searched("entropy", True), fixed=True, only="lora"),
     "LoraHub": Method(
-        "labelled", lambda context: {"": fusion.lorahub(context.objective("cross_entropy", 16), budget=40)}, fixed=True
+        "labelled",
+        lambda context: {"": fusion.lorahub(context.objective("cross_entropy", 16), budget=40)},
+        fixed=True,
+        only="lora",
     ),
     "aTLAS": Method(
-        "labelled", lambda context: {"": fusion.atlas(context.objective("cross_entropy", 48), steps=60)}, fixed=True
+        "labelled",
+        lambda context: {"": fusion.atlas(context.objective("cross_entropy", 24), steps=30)},
+        fixed=True,
+        only="lora",
     ),
+    "exact, task-wise, least squares": Method("unlabelled", _solved("least_squares", False), only="network"),
+    "exact, layer-wise, least squares": Method("unlabelled", _solved("least_squares", True), only="network"),
+    "exact, task-wise, entropy": Method("unlabelled", _solved("entropy", False), fixed=True, only="network"),
+    "exact, task-wise, labels": Method("labelled", _solved("cross_entropy", False), fixed=True, only="network"),
+    "exact, layer-wise, labels": Method("labelled", _solved("cross_entropy", True), fixed=True, only="network"),
 }
+# The kinds of tuning that are controls get these rows only.
+CONTROLS = ("average", "task arithmetic", "TIES", "TSV-M", "Iso-C", "RegMean", "Kronecker", "Kronecker, scale 1")
+
+
+def suits(name: str, kind: Kind) -> bool:
+    """Whether a kind of tuning gets a method's row."""
+    linear = kind.mode == "network"
+    wanted = {"": True, "pairs": not kind.full, "lora": kind.mode is None and not kind.full, "network": linear}
+    return wanted[METHODS[name].only] and (not kind.control or name in CONTROLS)

@@ -27,7 +27,7 @@ import pefusion_jax as pf
 from experiments.suites import claims, data, scoring, tables
 from experiments.suites.fetch import default_root
 from experiments.suites.kinds import KINDS, Base, Tuned, adapted_for, choose_rate, train, train_together
-from experiments.suites.methods import LENGTHS, METHODS, Context, Method
+from experiments.suites.methods import METHODS, Context, Method, suits
 from pefusion_jax import evaluation, files
 from pefusion_jax import tasks as task_tools
 
@@ -66,8 +66,10 @@ class Settings:
     """Rank of the adapters."""
     alpha: float = 32.0
     """Scale numerator of the adapters."""
+    rate_task: str | None = None
+    """Task that learning rates are chosen on; the last by default."""
     validation_examples: int = 48
-    """Validation examples of each task that choices are made on."""
+    """Validation examples of each task that settings and lengths are chosen on; learning rates take the whole split."""
     test_examples: int = 250
     """Test examples of each task."""
 
@@ -84,7 +86,7 @@ class Rows:
 
     def require(self, settings: Settings) -> None:
         """Refuses rows of other settings, which would be mixed up with new ones."""
-        names = ("suite", "model", "steps", "batch_size", "rank", "alpha", "validation_examples", "test_examples")
+        names = ("suite", "model", "steps", "batch_size", "rank", "alpha", "validation_examples", "test_examples", "rate_task")
         asked = {name: getattr(settings, name) for name in names}
         if self.found.setdefault("settings", asked) != asked:
             raise ValueError(
@@ -117,6 +119,8 @@ def main(settings: Settings) -> None:
         rows.put("zero-shot", seed=None, kind="base model", method="zero-shot", data="none", **zero.to_dict())
         say(f"zero-shot: {zero.mean:.3f}")
     rates = chosen_rates(settings, base, tasks, rows, work, say)
+    most = settings.validation_examples
+    tasks = [dataclasses.replace(task, validation=_by_length(task.validation[:most])) for task in tasks]
     for seed in settings.seeds:
         for kind in settings.kinds:
             tuned = trained(settings, base, tasks, kind, seed, rates[kind], work, say)
@@ -147,14 +151,7 @@ def load(settings: Settings) -> tuple[Base, list[Any]]:
         raise ValueError("the glue suite reads a local extract: name its folder with --data")
     else:
         tasks = data.glue_tasks(model, params, pf.load_tokenizer(name), root)
-    tasks = [
-        dataclasses.replace(
-            task,
-            validation=_by_length(task.validation[: settings.validation_examples]),
-            test=_by_length(task.test[: settings.test_examples]),
-        )
-        for task in tasks
-    ]
+    tasks = [dataclasses.replace(task, test=_by_length(task.test[: settings.test_examples])) for task in tasks]
     targets = r".*/(query|value|q|v)"
     work = settings.work or default_root() / "adapters" / settings.suite
 
@@ -185,13 +182,17 @@ def _by_length(examples: Any) -> Any:
 
 
 def chosen_rates(settings: Settings, base: Base, tasks: Any, rows: Rows, work: Path, say: Any) -> dict[str, float]:
-    """One learning rate for each kind, chosen on the first task."""
+    """One learning rate for each kind, chosen on one task."""
+    known = {task.name: task for task in tasks}
+    task = tasks[-1] if settings.rate_task is None else known.get(settings.rate_task)
+    if task is None:
+        raise ValueError(f"--rate-task {settings.rate_task} is none of the tasks: {', '.join(known)}")
     found = {}
     for kind in settings.kinds:
         key = f"rate/{kind}"
         if key not in rows:
-            rate, scores = choose_rate(base, kind, tasks[0], work / "rates" / kind, say)
-            rows.put(key, kind=kind, task=tasks[0].name, rate=rate, validation=scores)
+            rate, scores = choose_rate(base, kind, task, work / "rates" / kind, say)
+            rows.put(key, kind=kind, task=task.name, rate=rate, validation=scores)
             say(f"{kind}: learning rate {rate:g} of {scores}")
         found[kind] = rows.found[key]["rate"]
     return found
@@ -208,8 +209,9 @@ def fuse_all(base: Base, tasks: Any, kind: str, seed: int, tuned: Tuned, rows: R
     params = base.params
     pairs = tuned.changes(params)
     changes = scoring.dense_changes(pairs)
-    make = scoring.affine_scorer if tuned.kind.mode == "network" else scoring.plain_scorer
-    plain = tuned.adapted if tuned.kind.mode == "network" else adapted_for(base, "full" if tuned.kind.full else "lora", 0)[1]
+    linear = tuned.kind.mode == "network"
+    make = scoring.affine_scorer if linear else scoring.plain_scorer
+    plain = tuned.adapted if linear else adapted_for(base, "full" if tuned.kind.full else "lora", 0)[1]
     own_key = f"{kind}/{seed}/single-task models"
     if own_key not in rows:
         own, reference = {}, {}
@@ -228,13 +230,21 @@ def fuse_all(base: Base, tasks: Any, kind: str, seed: int, tuned: Tuned, rows: R
     reference = rows.found[own_key]["reference"]
     score = make(plain, params, tasks)
     length = float(np.mean([scoring.norm(change) for change in changes.values()]))
-    context = Context(plain, params, tasks, functools.cache(lambda: collected(base, tasks, tuned, folder)))
-    is_pair = all(isinstance(leaf, pf.LowRank) for change in pairs.values() for leaf in change.leaves.values())
+    context = Context(
+        plain,
+        params,
+        tasks,
+        tuned,
+        functools.cache(lambda: collected(base, tasks, tuned, folder)),
+        functools.cache(lambda: evaluation.cache_outputs(tuned.adapted, params, tuned.trees, tasks, batch_size=scoring.BATCH)),
+        functools.cache(lambda: evaluation.cache_groups(tuned.adapted, params, tuned.trees, tasks, batch_size=scoring.BATCH)),
+        reference,
+    )
     for name, method in METHODS.items():
         key = f"{kind}/{seed}/{name}"
-        if key not in rows and (is_pair or not method.low_rank):
+        if key not in rows and suits(name, tuned.kind):
             start = time.monotonic()
-            row = best(method, context, pairs, length, score, reference)
+            row = best(method, context, pairs, length, score, linear)
             rows.put(key, seed=seed, kind=kind, method=name, data=method.data, **row)
             say(f"{kind}, seed {seed}, {name}: {row['mean']:.3f} ({row['chosen']}; {time.monotonic() - start:.0f} s)")
 
@@ -270,23 +280,19 @@ def collected(
     return found
 
 
-def best(
-    method: Method, context: Context, changes: Any, length: float, score: scoring.Scorer, reference: dict[str, float]
-) -> Any:
+def best(method: Method, context: Context, changes: Any, length: float, score: scoring.Scorer, at_once: bool) -> Any:
     """The setting and length with the best mean normalized validation score, scored on test."""
     tried = []
     for label, option in method.options(context).items():
-        direction = jax.tree.map(np.asarray, pf.fuse(option, changes).dense())
-        unit = 1.0 if method.fixed else length / max(scoring.norm(direction), 1e-30)
-        lengths = (1.0,) if method.fixed else LENGTHS
-        scales = [unit * times for times in lengths]
-        for times, scale, scores in zip(lengths, scales, score(direction, scales, "validation"), strict=True):
-            mean = float(np.mean([scores[name] / max(reference[name], 1e-9) for name in scores]))
-            tried.append((mean, label, times, scale, direction))
-    mean, label, times, scale, direction = max(tried, key=lambda entry: entry[0])
+        fused = option if isinstance(option, pf.Delta) else pf.fuse(option, changes)
+        direction = jax.tree.map(np.asarray, fused.dense())
+        unit, lengths = (1.0, (1.0,)) if method.fixed else (length / max(scoring.norm(direction), 1e-30), scoring.LENGTHS)
+        times, value = scoring.best_length(score, direction, unit, lengths, context.reference, at_once)
+        tried.append((value, label, times, unit * times, direction))
+    value, label, times, scale, direction = max(tried, key=lambda entry: entry[0])
     test = score(direction, (scale,), "test")[0]
     parts = [label] * bool(label) + ([] if method.fixed else [f"length {times:g}"]) + [f"scale {scale:.3g}"]
-    return {"chosen": ", ".join(parts), "validation": mean, **test.to_dict()}
+    return {"chosen": ", ".join(parts), "validation": value, **test.to_dict()}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pefusion_jax as pf
 from pefusion_jax import evaluation
 
 BATCH = 32
+LENGTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)  # relative to the mean length of the task vectors
 
 # (change, scales, split) -> scores at each scale.
 Scorer = Callable[[pf.Delta, Sequence[float], str], list[evaluation.Scores]]
@@ -60,3 +61,22 @@ def affine_scorer(adapted: pf.Adapted, params: Any, tasks: Sequence[Any]) -> Sco
 def dense_changes(changes: Mapping[str, pf.Delta]) -> dict[str, pf.Delta]:
     """Changes multiplied out, as numpy arrays: fusing them compiles for one structure only."""
     return {name: jax.tree.map(np.asarray, change.dense()) for name, change in changes.items()}
+
+
+def best_length(
+    score: Scorer, direction: pf.Delta, unit: float, lengths: Sequence[float], reference: Mapping[str, float], at_once: bool
+) -> tuple[float, float]:
+    """The length, in units, with the best mean validation score relative to ``reference``, and that score.
+
+    Without ``at_once``, which takes all lengths in one call, it climbs: every other inner length, then the neighbours of the
+    best until it has none that was not tried.
+    """
+    found: dict[float, float] = {}
+    todo = list(lengths) if at_once or len(lengths) < 4 else list(lengths[1:-1:2])
+    while todo:
+        for length, scores in zip(todo, score(direction, [unit * length for length in todo], "validation"), strict=True):
+            found[length] = float(np.mean([scores[name] / max(reference[name], 1e-9) for name in scores]))
+        place = lengths.index(max(found, key=lambda length: found[length]))
+        todo = [length for length in lengths[max(place - 1, 0) : place + 2] if length not in found]
+    best = max(found, key=lambda length: found[length])
+    return best, found[best]

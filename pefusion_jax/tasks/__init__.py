@@ -9,6 +9,7 @@ from pefusion_jax.tasks.heads import (
     linear_logits,
     mean_pool_features,
     prototype_head,
+    whitened_logits,
     zero_shot_head,
 )
 from pefusion_jax.tasks.metrics import (
@@ -71,5 +72,6 @@ __all__ = [
     "text_task",
     "tfds_source",
     "train_batch",
+    "whitened_logits",
     "zero_shot_head",
 ]

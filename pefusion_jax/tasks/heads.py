@@ -66,6 +66,19 @@ def cosine_logits(params: Mapping[str, jax.Array], features: jax.Array) -> jax.A
     return params["scale"] * (unit @ params["classes"].T) + params["bias"][None, :]
 
 
+def whitened_logits(params: Mapping[str, jax.Array], features: jax.Array) -> jax.Array:
+    """:func:`cosine_logits` of ``(features - mean) @ whiten``.
+
+    Args:
+      params: of :func:`cosine_logits`, and ``mean`` ``[d]``, ``whiten`` ``[d, d]``.
+      features: ``[batch, d]``.
+
+    Returns:
+      ``[batch, classes]``.
+    """
+    return cosine_logits(params, (features - params["mean"]) @ params["whiten"])
+
+
 def linear_logits(params: Mapping[str, jax.Array], features: jax.Array) -> jax.Array:
     """``features @ kernel + bias``.
 
@@ -123,11 +136,16 @@ def prototype_head(
     *,
     pad_to: int = 32,
     scale: float = 30.0,
+    whiten: float | None = None,
     features: Callable[..., jax.Array] = cls_features,
 ) -> Head:
     r"""A head without training: cosine similarity with each class's prototype, the mean direction of its base-model features.
 
     .. math:: e_c = \frac{\sum_{i: y_i = c} f_i / |f_i|}{|\sum_{i: y_i = c} f_i / |f_i||}
+
+    Features of one model often share a direction that no class owns, and all cosines are then alike. With ``whiten`` they are
+    taken after :math:`f \mapsto (C + w \tfrac{\operatorname{tr} C}{d} I)^{-1/2} (f - \bar f)`, with the mean
+    :math:`\bar f` and the covariance :math:`C` of ``inputs``.
 
     Args:
       inputs: features of the training split, ``[n, d]``, from :func:`features_of`.
@@ -135,13 +153,15 @@ def prototype_head(
       num_classes: number of classes; each needs an example.
       pad_to: classes are padded to a multiple of this.
       scale: factor of the cosine, the inverse temperature of the softmax.
+      whiten: the ridge :math:`w > 0`, relative to the mean variance; ``None`` takes the features as they are.
       features: the function that made ``inputs``; stored in the head.
 
     Returns:
-      A head with ``cosine_logits``.
+      A head with ``cosine_logits``, or with ``whitened_logits``.
 
     Raises:
-      ValueError: if shapes do not fit, values are not finite, a label is not a class, or a class has no direction.
+      ValueError: if shapes do not fit, values are not finite, a label is not a class, a class has no direction, or
+        ``whiten`` is not above 0.
 
     Reference: J. Snell et al., Prototypical Networks for Few-shot Learning, 2017; here with cosines instead of squared
     distances, and with nothing trained.
@@ -153,12 +173,28 @@ def prototype_head(
         raise ValueError(
             f"the labels {np.unique(y).tolist()!r:.200} must be all of 0 to {num_classes - 1}: no class is without an example"
         )
+    if whiten is not None and not 0 < whiten < np.inf:
+        raise ValueError(f"whiten={whiten!r} must be above 0, or None")
+    if whiten is not None:
+        mean, spread = _whitening(x, whiten)
+        x = (x - mean) @ spread
     sums = np.zeros((num_classes, x.shape[1]), np.float64)
     np.add.at(sums, y, x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
     lengths = np.linalg.norm(sums, axis=1, keepdims=True)
     if lengths.min() < 1e-6:
         raise ValueError(f"the features of class {int(lengths.argmin())} cancel each other: it has no direction")
-    return _cosine_head((sums / lengths).astype(np.float32), pad_to, scale, features)
+    head = _cosine_head((sums / lengths).astype(np.float32), pad_to, scale, features)
+    if whiten is None:
+        return head
+    return Head({**head.params, "mean": jnp.asarray(mean), "whiten": jnp.asarray(spread)}, features, whitened_logits)
+
+
+def _whitening(x: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and symmetric whitening matrix, float32."""
+    mean = x.mean(axis=0, dtype=np.float64)
+    values, vectors = np.linalg.eigh(np.cov(x.T.astype(np.float64), bias=True))
+    scales = 1 / np.sqrt(np.maximum(values, 0) + ridge * max(float(values.mean()), 1e-12))
+    return mean.astype(np.float32), ((vectors * scales) @ vectors.T).astype(np.float32)
 
 
 def _cosine_head(unit: np.ndarray, pad_to: int, scale: float, features: Callable[..., jax.Array]) -> Head:

@@ -6,6 +6,7 @@ from fake import FakeTokenizer, Outputs, fake_apply, fake_params, texts
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
+import pefusion_jax as pf
 from pefusion_jax.tasks import (
     TextEncoder,
     accuracy,
@@ -129,3 +130,26 @@ def test_bad_arguments_are_errors():
         linear_head(x, np.arange(4), 4, pad_to=0)
     with pytest.raises(ValueError, match="not finite"):
         base_features(fake_apply, {"table": jnp.full((128, 2), jnp.nan)}, encoder, texts(2))
+
+
+def test_whitened_prototypes_are_cosines_after_a_shift_and_a_linear_map_that_makes_the_covariance_the_identity():
+    generator = np.random.default_rng(2)
+    labels = np.arange(60) % 3
+    mixing = generator.normal(size=(5, 5)) * [5.0, 1, 1, 1, 0.2]
+    rows = (generator.normal(size=(60, 5)) + 2 * np.eye(3, 5)[labels]) @ mixing + 100
+    plain = pf.tasks.prototype_head(rows.astype(np.float32), labels, 3)
+    head = pf.tasks.prototype_head(rows.astype(np.float32), labels, 3, scale=20.0, whiten=1e-6)
+    centred = rows - rows.mean(0)
+    lengths, directions = np.linalg.eigh(centred.T @ centred / 60)
+    white = centred @ directions / np.sqrt(lengths + 1e-6 * lengths.mean()) @ directions.T
+    unit = white / np.linalg.norm(white, axis=1, keepdims=True)
+    sums = np.stack([unit[labels == c].sum(0) for c in range(3)])
+    expected = 20 * unit @ (sums / np.linalg.norm(sums, axis=1, keepdims=True)).T
+    logits = np.asarray(head.logits(head.params, jnp.asarray(rows, jnp.float32)))
+    np.testing.assert_allclose(logits[:, :3], expected, atol=2e-2)
+    assert head.logits is pf.tasks.whitened_logits and (logits[:, 3:] < -1e8).all()
+    before = np.asarray(plain.logits(plain.params, jnp.asarray(rows, jnp.float32)))
+    assert np.mean(logits.argmax(1) == labels) > np.mean(before.argmax(1) == labels) + 0.2
+    for ridge in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="whiten="):
+            pf.tasks.prototype_head(rows, labels, 3, whiten=ridge)
