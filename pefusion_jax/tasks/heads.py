@@ -76,7 +76,7 @@ def whitened_logits(params: Mapping[str, jax.Array], features: jax.Array) -> jax
     Returns:
       ``[batch, classes]``.
     """
-    return cosine_logits(params, (features - params["mean"]) @ params["whiten"])
+    return cosine_logits(params, (features - params["mean"][None, :]) @ params["whiten"])
 
 
 def linear_logits(params: Mapping[str, jax.Array], features: jax.Array) -> jax.Array:
