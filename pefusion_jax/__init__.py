@@ -7,7 +7,7 @@ llora = pf.linearize(lora, phi0)
 """
 
 # Sub-packages that are used by name.
-from pefusion_jax import deltas, evaluation, fusion, moments, tasks, training, trees
+from pefusion_jax import deltas, evaluation, fusion, generators, moments, tasks, training, trees
 
 # One noun and its verbs.
 from pefusion_jax.adapt import Adapted, adapt
@@ -18,6 +18,7 @@ from pefusion_jax.deltas import Delta, LowRank, fold
 from pefusion_jax.evaluation import evaluate
 from pefusion_jax.fusion import fuse
 from pefusion_jax.generation import generate_tokens, score_labels
+from pefusion_jax.generators import generate
 
 # Weights, tokenizers and image preprocessing, from Hugging Face's files.
 from pefusion_jax.interop import load_image_processor, load_peft, load_pretrained, load_tokenizer, save_peft, save_pretrained
@@ -25,17 +26,18 @@ from pefusion_jax.linearize import linearize
 from pefusion_jax.merging import merge_files
 
 # Adapter methods.
-from pefusion_jax.methods import FullFineTuning, LoRA
+from pefusion_jax.methods import Bottleneck, FullFineTuning, LoRA, houlsby, parallel, pfeiffer
 
 # Second moments of a task's data: for fusion without data, and for training that stays out of other tasks' way.
 from pefusion_jax.moment_files import load_statistics, save_statistics
 from pefusion_jax.penalty import interference
 from pefusion_jax.runs import load_run, save_run
 from pefusion_jax.statistics import statistics
-from pefusion_jax.training import finetune
+from pefusion_jax.training import finetune, finetune_together
 
 __all__ = [
     "Adapted",
+    "Bottleneck",
     "Delta",
     "FullFineTuning",
     "LoRA",
@@ -46,10 +48,14 @@ __all__ = [
     "evaluate",
     "evaluation",
     "finetune",
+    "finetune_together",
     "fold",
     "fuse",
     "fusion",
+    "generate",
     "generate_tokens",
+    "generators",
+    "houlsby",
     "interference",
     "linearize",
     "load_image_processor",
@@ -61,6 +67,8 @@ __all__ = [
     "lora_of",
     "merge_files",
     "moments",
+    "parallel",
+    "pfeiffer",
     "save_peft",
     "save_pretrained",
     "save_run",

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from pefusion_jax import trees
 from pefusion_jax.deltas import Delta, fold
-from pefusion_jax.layers import Layer, describe
+from pefusion_jax.layers import Layer, describe, input_of
 
 Leaves = dict[str, jax.Array]
 
@@ -38,6 +38,9 @@ class Method(Protocol):
     are the names of its leaves. ``acts_on == "parameters"``: rules address parameters, the change of each is added before
     the model runs, and ``owns`` says which parameter a leaf belongs to. ``stochastic``: whether ``branch`` needs a random
     key in training.
+
+    A method may also have ``taps = True``: its rules address taps too (``backbones.Tap``), which no other method sees; and
+    ``folds = False``: its branch is no change of weights, and ``change`` always raises.
     """
 
     targets: str
@@ -73,11 +76,14 @@ class Method(Protocol):
 class Expansions(NamedTuple):
     """How ``linearize`` re-reads an adapted model: the forward pass and the weight changes, site by site.
 
+    ``parts`` is one tree, or the point of expansion and a displacement. A generated model turns the pair into adapters and a
+    displacement of adapters: to first order, or with ``exact`` the whole difference that the displacement makes.
+
     Attributes:
-      forward: ``(branch, change) -> apply(params, parts, *inputs)``: ``branch(rule, layer, leaves, x, y, key)`` is added to
-        the output of each adapted layer, ``change(rule, site, leaves, weights)`` to each adapted parameter. ``leaves`` has
-        one dictionary for each of the adapter trees in ``parts``.
-      changes: ``(params, parts, change) -> Delta`` with the same ``change``.
+      forward: ``(branch, change, exact=False) -> apply(params, parts, *inputs)``: ``branch(rule, layer, leaves, x, y, key)`` is
+        added to the output of each adapted layer, ``change(rule, site, leaves, weights)`` to each adapted parameter. ``leaves``
+        has one dictionary for each of the adapter trees in ``parts``.
+      changes: ``(params, parts, change, exact=False) -> Delta`` with the same ``change``.
     """
 
     forward: Callable[..., Any]
@@ -94,6 +100,8 @@ class Origin:
       mode: of ``linearize``, or ``None``.
       adapters0: the point of expansion, or ``None``.
       plain: the model before it was linearized, or ``None``.
+      generator: of ``generate``, or ``None``.
+      inner: the model that was given to ``generate``, or ``None``.
     """
 
     model: nn.Module
@@ -101,6 +109,8 @@ class Origin:
     mode: str | None = None
     adapters0: Any = None
     plain: Adapted | None = None
+    generator: Any = None
+    inner: Adapted | None = None
 
 
 class Adapted(NamedTuple):
@@ -123,6 +133,11 @@ class Adapted(NamedTuple):
       expand: builds a forward pass that treats each adapted site in another way; ``linearize`` uses it and gives none.
       folds: whether ``apply(params, a)`` equals ``base(fold(params, deltas(params, a)))``.
       origin: model and methods, for those who write adapters to files; ``None`` where they are not enough to do so.
+      tasks: names of the tasks that ``apply`` and ``base`` take the number of, as ``task``; none for models that make no
+        difference between tasks. See :func:`~pefusion_jax.generators.generate`.
+      materialise: for generated models: ``(params, tree, task=None) -> adapters`` of the model that was given to ``generate``;
+        ``task`` is a name or a number.
+      auxiliary: ``(params, tree, outputs, inputs) -> []`` float32, added to the training loss; ``None`` for most models.
     """
 
     init: Callable[..., Any]
@@ -136,6 +151,9 @@ class Adapted(NamedTuple):
     expand: Expansions | None
     folds: bool
     origin: Origin | None = None
+    tasks: tuple[str, ...] = ()
+    materialise: Callable[..., Any] | None = None
+    auxiliary: Callable[..., jax.Array] | None = None
 
 
 def adapt(model: nn.Module, methods: Any) -> Adapted:
@@ -195,10 +213,10 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
     def base(params: Any, *inputs: Any, **kwargs: Any) -> Any:
         return model.apply(_collections(params), *inputs, **kwargs)
 
-    def expand(branch: Callable[..., Any], change: Callable[..., Any]) -> Callable[..., Any]:
+    def expand(branch: Callable[..., Any], change: Callable[..., Any], exact: bool = False) -> Callable[..., Any]:
         def forward(params: Any, parts: Sequence[Any], *inputs: Any, rngs: Any = None, **kwargs: Any) -> Any:
             variables = _collections(params)
-            _check_paths(parts, variables["params"])
+            _check_paths(parts, variables["params"], on_layers)
             edited = {"params": variables["params"]}
             for rule, site, leaves, weights in _sites(on_parameters, parts, variables["params"], parameters=True):
                 named = change(rule, site, leaves, weights)
@@ -210,8 +228,11 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
                     if _owner(on_layers, path) is not None:
                         weights[path + suffix] = leaf
             merged = {**variables, "params": trees.nest(weights)}
-            with nn.intercept_methods(_interceptor(on_layers, branch, len(parts), stochastic=rngs is not None)):
-                return model.apply(merged, *inputs, **({} if rngs is None else {"rngs": rngs}), **kwargs)
+            called: set[str] = set()
+            with nn.intercept_methods(_interceptor(on_layers, branch, len(parts), rngs is not None, called)):
+                outputs = model.apply(merged, *inputs, **({} if rngs is None else {"rngs": rngs}), **kwargs)
+            _check_called(parts, variables["params"], called)
+            return outputs
 
         return forward
 
@@ -226,9 +247,9 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
     def deltas(params: Any, adapters: Any) -> Delta:
         return changes(params, (adapters,), lambda rule, site, leaves, weights: rule.change(site, leaves[0], weights))
 
-    def changes(params: Any, parts: Sequence[Any], change: Callable[..., Any]) -> Delta:
+    def changes(params: Any, parts: Sequence[Any], change: Callable[..., Any], exact: bool = False) -> Delta:
         weights = _collections(params)["params"]
-        _check_paths(parts, weights)
+        _check_paths(parts, weights, on_layers)
         found: dict[str, Any] = {}
         for kind, rules_of_kind in (("layers", on_layers), ("parameters", on_parameters)):
             for rule, site, leaves, here in _sites(rules_of_kind, parts, weights, parameters=kind == "parameters"):
@@ -265,7 +286,7 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
         moving=picked(lambda rule, leaves: rule.moving(leaves)),
         pushforward=None,
         expand=Expansions(forward=expand, changes=changes),
-        folds=True,
+        folds=all(getattr(rule, "folds", True) for rule in rules),
         origin=Origin(model, rules),
     )
 
@@ -292,11 +313,24 @@ def _first(rules: Sequence[Method], path: str) -> Any:
     return next((rule for rule in rules if re.fullmatch(rule.targets, path)), None)
 
 
+def owner(rules: Sequence[Method], path: str) -> Any:
+    """The method that an adapter leaf belongs to, or ``None``."""
+    site, _, name = path.rpartition("/")
+    on_layers = [rule for rule in rules if rule.acts_on == "layers"]
+    on_parameters = [rule for rule in rules if rule.acts_on == "parameters"]
+    of_parameters = (r for r in on_parameters if r.owns(name) and _first(on_parameters, _join(site, r.owns(name))) is r)
+    return _owner(on_layers, path) or next(of_parameters, None)
+
+
 def _owner(rules: Sequence[Method], path: str) -> Any:
     """The method on layers that a leaf belongs to: its site is matched and its name is one of the method's."""
     site, _, name = path.rpartition("/")
-    rule = _first(rules, site)
-    return rule if rule is not None and name in rule.names else None
+    # Where the site is a tap, a method before it may match the path and not see the tap.
+    return _first([rule for rule in rules if name in rule.names], site)
+
+
+def _sees(rule: Any, layer: Layer) -> bool:
+    return bool(layer.kernel) or getattr(rule, "taps", False)
 
 
 def _sites(rules: Sequence[Method], parts: Sequence[Any], params: Any, *, parameters: bool) -> Any:
@@ -321,16 +355,36 @@ def _sites(rules: Sequence[Method], parts: Sequence[Any], params: Any, *, parame
         yield rules[rule_index], site, tuple(leaves), here
 
 
-def _check_paths(parts: Sequence[Any], params: Mapping[str, Any]) -> None:
+def _check_paths(parts: Sequence[Any], params: Mapping[str, Any], rules: Sequence[Method]) -> None:
     """Linen ignores variables that no module asks for, so a misspelled adapter path would be silent without this."""
+    modules = {path.rpartition("/")[0] for path in trees.flat(params)}
+    around = {"", *modules}
+    for module in modules:
+        around |= {module[:place] for place, letter in enumerate(module) if letter == "/"}
+    for part in parts:
+        for path in trees.flat(part):
+            site = path.rpartition("/")[0]
+            # A tap has no parameters, but the module that it stands in has; whether it exists, the forward pass shows.
+            tap = site.rpartition("/")[0] in around and getattr(_owner(rules, path), "taps", False)
+            if site not in modules and not tap:
+                raise ValueError(_unknown(path, modules))
+
+
+def _check_called(parts: Sequence[Any], params: Mapping[str, Any], called: set[str]) -> None:
+    """Finds leaves of taps that are not there. Where the module around a tap was not called either, nothing can be said."""
     modules = {path.rpartition("/")[0] for path in trees.flat(params)}
     for part in parts:
         for path in trees.flat(part):
-            if path.rpartition("/")[0] not in modules:
-                raise ValueError(
-                    f"the adapters have a leaf {path!r} but the base parameters have no such module"
-                    f"{trees.did_you_mean(path.rpartition('/')[0], modules)}; were they made for another model?"
-                )
+            site = path.rpartition("/")[0]
+            if site not in modules and site not in called and site.rpartition("/")[0] in called:
+                raise ValueError(_unknown(path, called))
+
+
+def _unknown(path: str, modules: Iterable[str]) -> str:
+    return (
+        f"the adapters have a leaf {path!r} but the base parameters have no such module"
+        f"{trees.did_you_mean(path.rpartition('/')[0], modules)}; were they made for another model?"
+    )
 
 
 def _refuse_taken(leaves: Iterable[str], parameters: Mapping[str, Any]) -> None:
@@ -356,15 +410,15 @@ def _init_layers(
 ) -> dict[str, Any]:
     """Creates the adapter leaves by tracing the model once; XLA drops the forward pass, whose outputs nobody uses."""
     matched: set[int] = set()
-    seen: dict[str, None] = {}
+    seen: dict[str, Layer] = {}
 
     def create(next_fn: Callable[..., Any], args: Any, call_kwargs: Any, context: Any) -> Any:
         y = next_fn(*args, **call_kwargs)
         layer = describe(context.module, context.method_name, args, call_kwargs)
         if layer is None:
             return y
-        seen[layer.path] = None
-        rule = _first(rules, layer.path)
+        seen[layer.path] = layer
+        rule = _first([rule for rule in rules if _sees(rule, layer)], layer.path)
         if rule is not None:
             matched.add(rules.index(rule))
             module = context.module
@@ -392,17 +446,27 @@ def _init_layers(
     created = run(key, variables, [leaf for leaf, array in zip(flat_inputs, is_array, strict=True) if array])
     for index, rule in enumerate(rules):
         if index not in matched:
-            raise ValueError(_unmatched(rule, seen, "layer"))
+            own = [path for path, layer in seen.items() if _sees(rule, layer)]
+            tap = next((path for path in seen if path not in own and re.fullmatch(rule.targets, path)), None)
+            if tap is not None:
+                raise ValueError(
+                    f"targets={rule.targets!r} matches {tap!r}, a tap: an activation without a weight, which "
+                    f"{type(rule).__name__} cannot adapt; aim at a layer, or use a method for taps, such as Bottleneck"
+                )
+            raise ValueError(_unmatched(rule, own, "layer"))
     return trees.nest(created)
 
 
-def _interceptor(rules: Sequence[Method], branch: Callable[..., Any], parts: int, stochastic: bool) -> Callable[..., Any]:
+def _interceptor(
+    rules: Sequence[Method], branch: Callable[..., Any], parts: int, stochastic: bool, called: set[str]
+) -> Callable[..., Any]:
     suffixes = _suffixes(parts)
 
     def intercept(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         y = next_fn(*args, **kwargs)
+        called.add("/".join(context.module.path))
         layer = describe(context.module, context.method_name, args, kwargs)
-        rule = _first(rules, layer.path) if layer is not None else None
+        rule = _first([rule for rule in rules if _sees(rule, layer)], layer.path) if layer is not None else None
         if layer is None or rule is None:
             return y
         module = context.module
@@ -423,7 +487,7 @@ def _interceptor(rules: Sequence[Method], branch: Callable[..., Any], parts: int
                     "layers with nn.scan, list 'dropout' in its split_rngs"
                 )
             key = module.make_rng("dropout")
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = input_of(module, args, kwargs)
         return y + branch(rule, layer, tuple(leaves), x, y, key).astype(y.dtype)
 
     return intercept

@@ -226,6 +226,11 @@ def _to_huggingface(
         from pefusion_jax.deltas import Delta
 
         if not adapted.folds:
+            if adapted.pushforward is None:
+                raise ValueError(
+                    f"{source.given} has adapters with a nonlinearity, or others for each task, which no single set of weights "
+                    "computes; keep the run, or train LoRA to merge it"
+                )
             raise ValueError(
                 f"{source.given} is linearized over the network, which no single set of weights computes; train it with "
                 "--mode layer to merge it, or export its layer counterpart: --to peft --as-layer"

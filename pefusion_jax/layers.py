@@ -1,4 +1,7 @@
-"""Linear layers of Linen as one thing: what they contract, what they produce, and how a factor pair goes through them."""
+"""Linear layers of Linen as one thing: what they contract, what they produce, and how a factor pair goes through them.
+
+Taps are described in the same words, as layers without a weight.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pefusion_jax.backbones.taps import Tap
+
 # A layer is applied with another weight by cloning it; its own interception must leave such a clone alone.
 _CLONE = "pefusion_layer_with_another_kernel"
 
@@ -19,8 +24,9 @@ class Layer(NamedTuple):
 
     Attributes:
       path: slash path of the module; under a scan the path inside the scanned body, one for all layers.
-      kernel: name of the weight parameter, ``kernel`` or ``embedding``.
-      inputs: axes of the weight that are contracted with the input, as their sizes.
+      kernel: name of the weight parameter, ``kernel`` or ``embedding``; empty for a tap, which has none.
+      inputs: axes of the weight that are contracted with the input, as their sizes; of a tap the last axis of its source,
+        none where it has no source.
       outputs: axes of the weight that appear in the output, as their sizes.
       a_shape: ``rank -> `` shape of the factor that reads the input, ``[*batch, *inputs, rank]``.
       b_shape: ``rank -> `` shape of the factor that writes the output, ``[*batch, rank, *outputs]``.
@@ -29,6 +35,7 @@ class Layer(NamedTuple):
       rows: ``x -> [*batch, *positions, in]``, what the weight, read as a matrix ``[*batch, in, out]``, is multiplied by:
         for a convolution the patches. ``None`` for an embedding, whose input is one-hot.
       place: ``([*batch, *positions, out], y) -> `` the same numbers in the shape of the layer's output ``y``.
+      features: ``y -> [*batch, *positions, out]``, the inverse of ``place``.
     """
 
     path: str
@@ -41,10 +48,21 @@ class Layer(NamedTuple):
     pair: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     rows: Callable[[jax.Array], jax.Array] | None
     place: Callable[[jax.Array, jax.Array], jax.Array]
+    features: Callable[[jax.Array], jax.Array]
+
+
+def input_of(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The input of a call that ``describe`` describes: of a tap its source, or its value where it has none."""
+    if isinstance(module, Tap):
+        source = args[1] if len(args) > 1 else kwargs.get("source")
+        if source is not None:
+            return source
+        return args[0] if args else kwargs["x"]
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def describe(module: nn.Module, method: str, args: Any, kwargs: Any) -> Layer | None:
-    """Describes the layer whose method is being called, or ``None`` if this is not a linear layer's own call."""
+    """Describes the layer or tap whose method is being called, or ``None`` if this is neither's own call."""
     if module.name == _CLONE:
         return None
     path = "/".join(module.path)
@@ -61,9 +79,12 @@ def describe(module: nn.Module, method: str, args: Any, kwargs: Any) -> Layer | 
             pair=_lookup if method == "__call__" else _attend,
             rows=None,
             place=_reshaped,
+            features=lambda y: y,
         )
     if method != "__call__":
         return None
+    if isinstance(module, Tap):
+        return _tap(path, *args, **kwargs)
     if isinstance(module, nn.Einsum):
         given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
         return _einsum_layer(path, module, given or module.einsum_str)
@@ -101,8 +122,30 @@ def describe(module: nn.Module, method: str, args: Any, kwargs: Any) -> Layer | 
             pair=pair,
             rows=rows,
             place=_reshaped,
+            features=lambda y: y.reshape(*y.shape[: y.ndim - count], -1),
         )
     return None
+
+
+def _tap(path: str, x: jax.Array, source: jax.Array | None = None) -> Layer:
+    inputs = () if source is None else source.shape[-1:]
+
+    def pair(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        raise ValueError(f"{path!r} is a tap: it has no weight that a pair of factors could change")
+
+    return Layer(
+        path=path,
+        kernel="",
+        inputs=inputs,
+        outputs=x.shape[-1:],
+        a_shape=lambda r: (*inputs, r),
+        b_shape=lambda r: (r, x.shape[-1]),
+        fan_in=math.prod(inputs),
+        pair=pair,
+        rows=lambda given: given,
+        place=_reshaped,
+        features=lambda y: y,
+    )
 
 
 def _lookup(ids: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -161,6 +204,10 @@ def _einsum_layer(path: str, module: nn.Einsum, equation: str | None) -> Layer |
         wide = rows.reshape(*rows.shape[:-1], *out_shape)
         return jnp.einsum(f"{batch}{positions}{outputs}->{result}", wide)
 
+    def features(y: jax.Array) -> jax.Array:
+        ordered = jnp.einsum(f"{result}->{batch}{positions}{outputs}", y)
+        return ordered.reshape(*ordered.shape[: ordered.ndim - len(outputs)], -1)
+
     return Layer(
         path=path,
         kernel="kernel",
@@ -172,4 +219,5 @@ def _einsum_layer(path: str, module: nn.Einsum, equation: str | None) -> Layer |
         pair=pair,
         rows=rows,
         place=place,
+        features=features,
     )

@@ -16,13 +16,14 @@ released; at :math:`B_0 = 0` it is LoRA with A frozen. ``weight`` is linear in t
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pefusion_jax import trees
-from pefusion_jax.adapt import Adapted, Expansions, Origin
+from pefusion_jax.adapt import Adapted, Expansions
 from pefusion_jax.deltas import Change, Delta, LowRank, dense, fold, tangent, weighted_sum
 
 MODES = ("network", "layer", "weight")
@@ -48,7 +49,8 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
       ``pushforward``; ``layer`` folds. ``deltas`` are weight-space changes relative to ``fold(params, deltas(adapters0))``.
 
     Raises:
-      ValueError: for an unknown mode, non-finite ``adapters0``, or a model that was linearized already.
+      ValueError: for an unknown mode, non-finite ``adapters0``, a model that was linearized already, or ``mode="weight"`` of
+        adapters that are no change of the weights.
 
     Example::
 
@@ -65,6 +67,12 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
         raise ValueError("the model is linearized already: an expansion of an expansion is itself; pass adapt()'s result")
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(adapters0)):
         trees.require_finite(adapters0, "adapters0")
+    crooked = [] if adapted.origin is None else [m for m in adapted.origin.methods if not getattr(m, "folds", True)]
+    if mode == "weight" and crooked:
+        raise ValueError(
+            f"mode='weight' is a tangent in the weights, but {type(crooked[0]).__name__} is no change of the weights; use "
+            "mode='network', or mode='layer'"
+        )
     moving = trees.paths(adapted.moving(adapters0))
 
     def init(key: Any, params: Any, *inputs: Any, **kwargs: Any) -> Any:
@@ -83,6 +91,14 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
     def pick(tree: Any) -> Any:
         """The leaves of a displacement that can move the model."""
         return trees.split(tree, trees.nest({path: None for path in trees.paths(tree) if path in moving}))[0]
+
+    def materialise(params: Any, tau: Any, task: Any = None) -> Any:
+        """The adapters to first order."""
+        moved = _jvp(lambda theta: adapted.materialise(params, theta, task), adapters0, full(tau))  # type: ignore[misc]
+        return jax.tree.map(jnp.add, *moved)
+
+    def auxiliary(params: Any, tau: Any, outputs: Any, inputs: Any) -> jax.Array:
+        return adapted.auxiliary(params, jax.tree.map(jnp.add, adapters0, full(tau)), outputs, inputs)  # type: ignore[misc]
 
     def start(params: Any) -> Any:
         """Base parameters with the change of ``adapters0`` written into them."""
@@ -119,7 +135,10 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
         folds=adapted.folds and mode == "layer",
         origin=None
         if adapted.origin is None
-        else Origin(adapted.origin.model, adapted.origin.methods, mode, adapters0, adapted),
+        else dataclasses.replace(adapted.origin, mode=mode, adapters0=adapters0, plain=adapted),
+        tasks=adapted.tasks,
+        materialise=None if adapted.materialise is None else materialise,
+        auxiliary=None if adapted.auxiliary is None else auxiliary,
     )
 
 
@@ -190,7 +209,7 @@ def _weight(adapted: Adapted, expand: Expansions, phi0: Any, full: Any, pick: An
             before, after = rule.change(site, leaves[0], weights), rule.change(site, moved, weights)
             return {n: dense(before[n]) + _direction(t, dense(after[n]) - dense(before[n])) for n in before}
 
-        return expand.forward(branch, change)
+        return expand.forward(branch, change, exact=True)
 
     def along(params: Any, inputs: Any, rngs: Any, kwargs: Any, tau: Any) -> tuple[Any, Any]:
         parts = (phi0, full(tau))
@@ -210,7 +229,7 @@ def _weight(adapted: Adapted, expand: Expansions, phi0: Any, full: Any, pick: An
             before, after = rule.change(site, leaves[0], weights), rule.change(site, moved, weights)
             return {n: after[n] if _is_zero(before[n]) else weighted_sum([after[n], before[n]], (1.0, -1.0)) for n in before}
 
-        return expand.changes(params, (phi0, full(tau)), change)
+        return expand.changes(params, (phi0, full(tau)), change, exact=True)
 
     return apply, pushforward, deltas
 

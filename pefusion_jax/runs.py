@@ -22,14 +22,16 @@ from pefusion_jax import trees
 from pefusion_jax.adapt import Adapted, adapt
 from pefusion_jax.deltas import Delta, LowRank
 from pefusion_jax.files import write_json
+from pefusion_jax.generators import CondLoRA, HyperNetwork, PerTask, generate
 from pefusion_jax.interop import fingerprint, load_pretrained
 from pefusion_jax.linearize import linearize
-from pefusion_jax.methods import FullFineTuning, LoRA
+from pefusion_jax.methods import Bottleneck, FullFineTuning, LoRA
 from pefusion_jax.training.checkpoint import load_adapters, save_adapters
 
 FILE = "adapter.safetensors"
 STATISTICS = "statistics.safetensors"
-_METHODS = {"LoRA": LoRA, "FullFineTuning": FullFineTuning}
+_METHODS = {"LoRA": LoRA, "FullFineTuning": FullFineTuning, "Bottleneck": Bottleneck}
+_GENERATORS = {"CondLoRA": CondLoRA, "HyperNetwork": HyperNetwork, "PerTask": PerTask}
 
 
 class Run(NamedTuple):
@@ -59,6 +61,7 @@ def save_run(
     model: str,
     params: Any,
     methods: Any,
+    generator: Any = None,
     mode: str | None = None,
     adapters0: Any = None,
     **notes: Any,
@@ -71,6 +74,7 @@ def save_run(
       model: what ``load_pretrained`` took.
       params: the base parameters, whose fingerprint is recorded.
       methods: the method or methods given to ``adapt``.
+      generator: given to ``generate``, or ``None``; the names of its tasks and their order are kept with it.
       mode: of ``linearize``, or ``None``.
       adapters0: the point of expansion; also worth keeping for fusing plain adapters in adapter space.
       **notes: JSON-compatible values to record: task names, settings, scores.
@@ -85,6 +89,7 @@ def save_run(
         "base_fingerprint": fingerprint(params),
         "dtype": next(str(leaf.dtype) for leaf in jax.tree.leaves(params)),
         "methods": [{"type": type(method).__name__, **dataclasses.asdict(method)} for method in methods],
+        **({} if generator is None else {"generator": {"type": type(generator).__name__, **dataclasses.asdict(generator)}}),
         "mode": mode,
         **notes,
     }
@@ -129,6 +134,8 @@ def load_run(folder: str | os.PathLike[str], base: tuple[Any, Any] | None = None
             f"the model that was loaded has {found[:12]}; load the model that it was trained on"
         )
     adapted = adapt(model, methods_of(spec, path))
+    if "generator" in spec:
+        adapted = generate(adapted, _made(spec["generator"], _GENERATORS, "generator", path))
     adapters0 = stored.get("adapters0")
     if spec["mode"] is not None:
         if adapters0 is None:
@@ -157,14 +164,15 @@ def methods_of(spec: Mapping[str, Any], where: Any = "this run") -> list[Any]:
     Raises:
       ValueError: naming ``where``, for a method or a setting that is not known here.
     """
-    methods = []
-    for given in spec["methods"]:
-        fields = dict(given)
-        name = fields.pop("type", None)
-        if name not in _METHODS:
-            raise ValueError(f"{where}: the method {name!r} is not one of {', '.join(_METHODS)}; update pefusion_jax")
-        try:
-            methods.append(_METHODS[name](**fields))
-        except TypeError as error:
-            raise ValueError(f"{where}: {name} does not take these settings: {error}; update pefusion_jax") from error
-    return methods
+    return [_made(given, _METHODS, "method", where) for given in spec["methods"]]
+
+
+def _made(given: Mapping[str, Any], known: Mapping[str, Any], what: str, where: Any) -> Any:
+    fields = dict(given)
+    name = fields.pop("type", None)
+    if name not in known:
+        raise ValueError(f"{where}: the {what} {name!r} is not one of {', '.join(known)}; update pefusion_jax")
+    try:
+        return known[name](**fields)
+    except TypeError as error:
+        raise ValueError(f"{where}: {name} does not take these settings: {error}; update pefusion_jax") from error

@@ -25,7 +25,7 @@ from pefusion_jax.deltas import Delta, LowRank, fold
 from pefusion_jax.fusion.layerwise import separate, stacked_layers
 from pefusion_jax.layers import Layer
 from pefusion_jax.moments import Moments, Statistics, diagonal_moment
-from pefusion_jax.tasks.task import Batch, Head, Task, eval_batches, train_batch
+from pefusion_jax.tasks.task import Batch, Head, Task, eval_batches, task_number, train_batch
 
 KINDS = ("inputs", "outputs", "fisher")
 _INPUTS, _OUTPUTS, _ROWS, _MIXED = "moment_inputs", "moment_outputs", "moment_rows", "moment_mixed"
@@ -58,9 +58,10 @@ def statistics(
     ``decoder_attention_mask``, which goes first for paths with a ``decoder``). A position that has no mask of its own counts
     with its example.
 
-    A plain or layer-wise linearized model is taken with its change folded into the weights. A model that is affine in its
-    change (``network``, ``weight``) has the layers' inputs of its point of expansion, and the gradients of its own, affine
-    prediction, pulled back through its own Jacobian: these are the moments of its exact Fisher information.
+    A generated model is taken with the adapters that it makes for the task. A plain or layer-wise linearized model is taken
+    with its change folded into the weights. A model that is affine in its change (``network``, ``weight``) has the layers'
+    inputs of its point of expansion, and the gradients of its own, affine prediction, pulled back through its own Jacobian:
+    these are the moments of its exact Fisher information.
 
     Weights of a convolution are read as matrices over patches. For an embedding :math:`G` is diagonal, the frequencies of
     the rows; what a tied output head (``attend``) does with the table is not counted. A module that is called several times
@@ -109,6 +110,11 @@ def statistics(
         likelihood = likelihood or ("categorical" if data.classes else "gaussian")
     if head is None:
         raise ValueError("batches come without a prediction: pass head=, as a task has it, or pass the task")
+    if adapted.tasks and isinstance(data, Task) and not isinstance(tree, Delta):
+        task_number(adapted, data)
+        origin: Any = adapted.origin
+        if origin is not None and origin.mode is None:  # the adapters that are made for this task, in the model that takes them
+            tree, adapted = adapted.materialise(params, tree, data.name), origin.inner  # type: ignore[misc]
     delta = tree if isinstance(tree, Delta) else adapted.deltas(params, tree)
     start, affine = _base_point(adapted, params, delta)
     weights = trees.flat(start["params"] if isinstance(start.get("params"), Mapping) else start)

@@ -14,7 +14,8 @@ Taps (:class:`Tap`) of a layer, each ``[batch, seq, d_model]`` unless said other
                                             which every query then attends to
     attention/self/tap_context              attention's output, before the output projection
     intermediate/tap_hidden                 after the activation, [batch, seq, d_ff]
-    output/tap_output                       the feed-forward output, before the residual sum
+    output/tap_output                       the feed-forward output, before dropout and the residual sum; its source is the
+                                            feed-forward input
     tap_block                               the block's output
 """
 
@@ -198,7 +199,7 @@ class ResidualOutput(Part):
     def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
         x = self.dense(self.config.hidden_size, "dense")(x)
         if self.tapped:
-            x = Tap(name="tap_output")(x)
+            x = Tap(name="tap_output")(x, residual)
         return self.norm()(self.dropout(x, self.config.hidden_dropout_prob) + residual)
 
 

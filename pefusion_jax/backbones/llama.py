@@ -20,7 +20,8 @@ Taps (:class:`Tap`) of a layer, each ``[batch, seq, width]``::
                                     query then attends to and which are not rotated (as prefix tuning does)
     self_attn/tap_context           attention's output, before the output projection
     mlp/tap_hidden                  the gated activation, d_ff wide
-    mlp/tap_output                  the feed-forward output, before the residual sum
+    mlp/tap_output                  the feed-forward output, before the residual sum; its source is the normed feed-forward
+                                    input
     tap_block                       the block's output
 
 Reference: Touvron et al., "Llama 2: Open Foundation and Fine-Tuned Chat Models", 2023; Su et al., "RoFormer: Enhanced
@@ -148,7 +149,7 @@ class _Mlp(_Part):
         dense = functools.partial(self.dense, bias=config.mlp_bias)
         gate = ACTIVATIONS[config.hidden_act](dense(config.intermediate_size, "gate_proj")(x))
         hidden = Tap(name="tap_hidden")(gate * dense(config.intermediate_size, "up_proj")(x))
-        return Tap(name="tap_output")(dense(config.hidden_size, "down_proj")(hidden))
+        return Tap(name="tap_output")(dense(config.hidden_size, "down_proj")(hidden), x)
 
 
 class _Block(_Part):

@@ -18,7 +18,7 @@ Taps (:class:`Tap`) of a block, each ``[batch, seq, d_model]`` unless said other
                                              and value may get positions put in front, which every query then attends to
     layer/{0/SelfAttention,1/EncDecAttention}/tap_context              attention's output, before the output projection
     layer/{1,2}/DenseReluDense/tap_hidden    after activation and gate, [batch, seq, d_ff]
-    layer/{1,2}/DenseReluDense/tap_output    the feed-forward output, before the residual sum
+    layer/{1,2}/DenseReluDense/tap_output    the feed-forward output, before the residual sum; source: the normed input
     tap_block                                the block's output
 
 Reference: Raffel, Shazeer, Roberts, Lee, Narang, Matena, Zhou, Li, Liu, "Exploring the Limits of Transfer Learning with a

@@ -191,7 +191,7 @@ class _FeedForward(_Part):
         else:
             hidden = ACTIVATIONS[activation](self.dense(config.d_ff, "wi", deviation)(x))
         hidden = self.dropout(Tap(name="tap_hidden")(hidden))
-        return Tap(name="tap_output")(self.dense(config.d_model, "wo", config.d_ff**-0.5)(hidden))
+        return Tap(name="tap_output")(self.dense(config.d_model, "wo", config.d_ff**-0.5)(hidden), x)
 
 
 class _FeedForwardLayer(_Part):

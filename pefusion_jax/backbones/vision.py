@@ -11,7 +11,7 @@ families differ in the names of its parts, which a :class:`Layout` holds:
 
 Taps (:class:`Tap`) of a block: ``tap_{query,key,value,context}`` stand beside the query projection (``attention/attention/`` or
 ``self_attn/``), ``tap_hidden`` in ``intermediate/`` or ``mlp/``, ``tap_output`` in ``output/`` or ``mlp/``, before any layer
-scale, and ``tap_block`` in the block.
+scale, whose source is the normed feed-forward input, and ``tap_block`` in the block.
 """
 
 from __future__ import annotations
@@ -128,9 +128,9 @@ class _Output(_Part):
     tapped: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, source: jax.Array | None = None) -> jax.Array:
         x = self.dense(self.stack.width, "dense")(x)
-        return Tap(name="tap_output")(x) if self.tapped else x
+        return Tap(name="tap_output")(x, source) if self.tapped else x
 
 
 class _NestedAttention(_Part):
@@ -149,13 +149,13 @@ class _Intermediate(_Part):
 class _Mlp(_Part):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width, hidden = self.stack.width, self.stack.hidden
+        width, hidden, source = self.stack.width, self.stack.hidden, x
         if self.stack.swiglu:
             x = jax.nn.silu(self.dense(hidden, "gate_proj")(x)) * self.dense(hidden, "up_proj")(x)
         else:
             x = ACTIVATIONS[self.stack.act](self.dense(hidden, "fc1")(x))
         x = Tap(name="tap_hidden")(x)
-        return Tap(name="tap_output")(self.dense(width, "down_proj" if self.stack.swiglu else "fc2")(x))
+        return Tap(name="tap_output")(self.dense(width, "down_proj" if self.stack.swiglu else "fc2")(x), source)
 
 
 class _LayerScale(_Part):
@@ -184,7 +184,7 @@ class _Block(_Part):
         if layout.mlp:
             y = _Mlp(**parts, name="mlp")(y)
         else:
-            y = _Output(**parts, tapped=True, name="output")(_Intermediate(**parts, name="intermediate")(y))
+            y = _Output(**parts, tapped=True, name="output")(_Intermediate(**parts, name="intermediate")(y), y)
         x = Tap(name="tap_block")(x + self.branch(y, "layer_scale2"))
         return x, x if self.keep else None
 

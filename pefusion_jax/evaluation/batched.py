@@ -13,8 +13,8 @@ import numpy as np
 
 from pefusion_jax import trees as tree_tools
 from pefusion_jax.deltas import Delta, LowRank
-from pefusion_jax.evaluation.scores import Scores, features_of, head_logits, named_tasks, standard_error, tree_kind
-from pefusion_jax.tasks.task import Batch, Task, eval_batches
+from pefusion_jax.evaluation.scores import Scores, batches_of, features_of, head_logits, named_tasks, standard_error, tree_kind
+from pefusion_jax.tasks.task import Batch, Task
 
 
 def evaluate_many(
@@ -75,7 +75,8 @@ def features_of_many(
         raise ValueError(f"at_once={at_once} must be 1 or more")
     by_name = named_tasks(tasks)
     if batches is None:
-        batches = {name: list(eval_batches(task, split, batch_size)) for name, task in by_name.items()}
+        kind = tree_kind(trees[0])
+        batches = {name: list(batches_of(kind, adapted, task, split, batch_size)) for name, task in by_name.items()}
     if at_once == 1:
         single = {
             n: [features_of(tree_kind(tree), adapted, params, tree, t.head, batches[n]) for tree in trees]

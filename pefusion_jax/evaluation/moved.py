@@ -72,7 +72,8 @@ def runner(
             moved = [tree if init is None else jax.tree.map(jnp.subtract, tree, init) for tree in vectors.values()]
         else:
             moved = [tree if isinstance(tree, Delta) else adapted.deltas(params, tree) for tree in vectors.values()]
-        batches = {name: list(eval_batches(task, split, batch_size)) for name, task in tasks.items()}
+        taking = adapted if space == "adapter" else None  # weight changes are the same for all tasks
+        batches = {name: list(eval_batches(task, split, batch_size, adapted=taking)) for name, task in tasks.items()}
         labels = {name: np.concatenate([b["labels"][b["weights"] > 0] for b in of]) for name, of in batches.items()}
         forwards = None
 

@@ -142,7 +142,7 @@ def evaluate(
       adapted: the model.
       params: its base parameters.
       tree: adapters (or a displacement, for a linearized model), or a :class:`~pefusion_jax.deltas.Delta`.
-      tasks: the tasks, or a mapping whose values they are.
+      tasks: the tasks, or a mapping whose values they are. A model that was generated for several has to know their names.
       split: ``"train"``, ``"validation"`` or ``"test"``.
       batch_size: rows of a batch; the result does not depend on it.
 
@@ -150,7 +150,7 @@ def evaluate(
       Scores with standard errors: binomial for accuracies, from 200 bootstrap resamples for other metrics.
 
     Raises:
-      ValueError: if there are no tasks, two have the same name, or a split is empty.
+      ValueError: if there are no tasks, two have the same name, a split is empty, or the model does not know a task.
     """
     return _evaluate(tree_kind(tree), adapted, params, tree, tasks, split, batch_size)
 
@@ -179,7 +179,8 @@ def predict(
     Returns:
       Features ``[n, d]`` and labels ``[n]`` of the split's real rows, in its order.
     """
-    return features_of(tree_kind(tree), adapted, params, tree, task.head, eval_batches(task, split, batch_size))
+    kind = tree_kind(tree)
+    return features_of(kind, adapted, params, tree, task.head, batches_of(kind, adapted, task, split, batch_size))
 
 
 def head_logits(head: Head, features: np.ndarray, *, rows: int = 256) -> np.ndarray:
@@ -237,7 +238,7 @@ def standard_error(task: Task, logits: np.ndarray, labels: np.ndarray, score: fl
 def _evaluate(mode: str, adapted: Any, params: Any, tree: Any, tasks: Any, split: str, batch_size: int) -> Scores:
     values, errors, counts = {}, {}, {}
     for name, task in named_tasks(tasks).items():
-        batches = eval_batches(task, split, batch_size)
+        batches = batches_of(mode, adapted, task, split, batch_size)
         features, labels = features_of(mode, adapted, params, tree, task.head, batches)
         logits = head_logits(task.head, features)
         values[name] = task.metric(logits, labels)
@@ -249,6 +250,11 @@ def _evaluate(mode: str, adapted: Any, params: Any, tree: Any, tasks: Any, split
 def tree_kind(tree: Any) -> Literal["adapters", "delta"]:
     """How a model takes a tree: with ``apply`` or with ``apply_deltas``."""
     return "delta" if isinstance(tree, Delta) else "adapters"
+
+
+def batches_of(mode: str, adapted: Any, task: Task, split: str, batch_size: int) -> Iterator[Batch]:
+    """A split's batches as a model takes them: only with adapters is there a difference between tasks that it has to know."""
+    return eval_batches(task, split, batch_size, adapted=adapted if mode == "adapters" else None)
 
 
 def features_of(

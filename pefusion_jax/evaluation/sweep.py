@@ -100,7 +100,7 @@ def cache_outputs(
     for task_name, task in by_name.items():
         program = _pushforward_program(adapted, task.head.features)
         primal, tangent, kept, nonlinearity = [], [], [], []
-        for batch in eval_batches(task, split, batch_size):
+        for batch in eval_batches(task, split, batch_size, adapted=adapted):
             here, along, gap = program(params, stacked, batch["inputs"])
             real = batch["weights"] > 0
             primal.append(np.asarray(here)[real])
@@ -242,7 +242,7 @@ def sweep_trees(
     if at_once < 1:
         raise ValueError(f"at_once={at_once} must be 1 or more")
     by_name = named_tasks(tasks)
-    batches = {name: list(eval_batches(task, split, batch_size)) for name, task in by_name.items()}
+    batches = {name: list(eval_batches(task, split, batch_size, adapted=adapted)) for name, task in by_name.items()}
     rows: list[list[float]] = []
     for start in range(0, len(points), at_once):
         chunk = [fused_for(point) for point in points[start : start + at_once]]

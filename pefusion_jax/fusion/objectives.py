@@ -14,7 +14,7 @@ from pefusion_jax import trees
 from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.deltas import Delta
 from pefusion_jax.fusion.layerwise import join
-from pefusion_jax.tasks.task import Batch, Task
+from pefusion_jax.tasks.task import Batch, Task, inputs_for, task_number
 
 
 class Term(NamedTuple):
@@ -87,9 +87,10 @@ def objective(
             raise ValueError(f"two tasks are named {task.name!r}; give each task a name of its own")
         if kind == "entropy" and not task.classes:
             raise ValueError(f"task {task.name!r} is a regression, whose predictions have no entropy; use kind='cross_entropy'")
+        task_number(adapted, task)  # an unknown task is an error now
         function = _loss_of(adapted, task.head.features, task.head.logits, None if kind == "entropy" else task.loss)
         arrays = {"params": params, "head": task.head.params, "init": init}
-        terms.append(Term(task.name, function, arrays, _Batches(task, split, batch_size, examples, seed)))
+        terms.append(Term(task.name, function, arrays, _Batches(adapted, task, split, batch_size, examples, seed)))
     if not terms:
         raise ValueError("there is nothing to minimise: no tasks were given; pass at least one")
     return Objective(tuple(terms))
@@ -98,9 +99,10 @@ def objective(
 class _Batches(Sequence[Batch]):
     """Batches of a split in a shuffled order, made when they are asked for; the last one is filled up with weight 0."""
 
-    def __init__(self, task: Task, split: str, batch_size: int, examples: int | None, seed: int) -> None:
+    def __init__(self, adapted: Any, task: Task, split: str, batch_size: int, examples: int | None, seed: int) -> None:
         order = np.random.default_rng([seed, *task.name.encode()]).permutation(len(task.split(split)))
-        self._task, self._split, self._size, self._order = task, split, batch_size, order[:examples]
+        self._adapted, self._task, self._split = adapted, task, split
+        self._size, self._order = batch_size, order[:examples]
 
     def __len__(self) -> int:
         return -(-len(self._order) // self._size)
@@ -110,7 +112,8 @@ class _Batches(Sequence[Batch]):
             raise IndexError(index)
         place = np.arange(index * self._size, (index + 1) * self._size)
         real = (place < len(self._order)).astype(np.float32)
-        return self._task.rows(self._split, self._order[np.minimum(place, len(self._order) - 1)], real)
+        batch = self._task.rows(self._split, self._order[np.minimum(place, len(self._order) - 1)], real)
+        return {**batch, "inputs": inputs_for(self._adapted, self._task, batch["inputs"])}
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,9 +18,11 @@ from pefusion_jax.tasks.metrics import (
     macro_f1,
     matthews,
     pearson,
+    smoothed_cross_entropy,
     spearman,
     squared_error,
 )
+from pefusion_jax.tasks.mixed import mixed_batch
 from pefusion_jax.tasks.sources import (
     Examples,
     Labelled,
@@ -32,7 +34,7 @@ from pefusion_jax.tasks.sources import (
     parquet_source,
 )
 from pefusion_jax.tasks.suites import base_apply, embedded_tasks, folder_task, text_task
-from pefusion_jax.tasks.task import Batch, Head, Task, eval_batches, train_batch
+from pefusion_jax.tasks.task import Batch, Head, Task, eval_batches, inputs_for, train_batch
 from pefusion_jax.tasks.text import TextEncoder
 from pefusion_jax.tasks.tfds import TfdsExamples, tfds_source
 
@@ -58,15 +60,18 @@ __all__ = [
     "features_of",
     "folder_task",
     "folder_task_source",
+    "inputs_for",
     "jsonl_source",
     "linear_head",
     "linear_logits",
     "macro_f1",
     "matthews",
     "mean_pool_features",
+    "mixed_batch",
     "parquet_source",
     "pearson",
     "prototype_head",
+    "smoothed_cross_entropy",
     "spearman",
     "squared_error",
     "text_task",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pefusion_jax.tasks.heads import PADDED
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -24,6 +28,34 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+@functools.lru_cache(maxsize=64)
+def smoothed_cross_entropy(smoothing: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    r"""The cross-entropy with label smoothing; one function for each value, so that its programs are reused.
+
+    .. math:: \ell = (1 - \epsilon)\, (\log \sum_c e^{z_c} - z_y) + \frac{\epsilon}{K} \sum_k (\log \sum_c e^{z_c} - z_k)
+
+    over the :math:`K` real classes: those that only fill up a head, at -1e9, count for nothing.
+
+    Args:
+      smoothing: :math:`\epsilon`, from 0 to below 1.
+
+    Returns:
+      ``(logits, labels) -> [batch]``, see :func:`cross_entropy`.
+
+    Reference: C. Szegedy et al., Rethinking the Inception Architecture for Computer Vision, 2016.
+    """
+
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = logits.astype(jnp.float32)
+        real = logits > PADDED / 2
+        count = jnp.sum(real.astype(jnp.float32), axis=-1)
+        mean = jnp.sum(jnp.where(real, logits, jnp.float32(0)), axis=-1) / count
+        spread = jax.nn.logsumexp(logits, axis=-1) - mean
+        return (1.0 - smoothing) * cross_entropy(logits, labels) + smoothing * spread
+
+    return loss
 
 
 def squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:

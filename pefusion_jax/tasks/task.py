@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from pefusion_jax import trees
+
 Batch = dict[str, Any]
 SPLITS = ("train", "validation", "test")
 
@@ -175,41 +177,85 @@ def train_batch(task: Task, step: int, batch_size: int, seed: int) -> Batch:
     """
     if step < 0 or batch_size < 1 or seed < 0:
         raise ValueError(f"step={step} and seed={seed} must be 0 or more, batch_size={batch_size} must be 1 or more")
-    examples = len(task.split("train"))
-    place = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    epoch, within = place // examples, place % examples
-    index = np.empty(batch_size, np.int64)
-    for number in np.unique(epoch):
-        here = epoch == number
-        index[here] = _permutation(int(seed), int(number), examples)[within[here]]
+    index = stream(len(task.split("train")), step * batch_size, batch_size, seed)
     return task.rows("train", index, np.ones(batch_size, np.float32))
 
 
-@functools.lru_cache(maxsize=32)
+def stream(examples: int, start: int, count: int, seed: int) -> np.ndarray:
+    """Places ``start`` to ``start + count`` of an endless stream of epochs, each a permutation of the examples: ``[count]``."""
+    place = np.arange(start, start + count, dtype=np.int64)
+    epoch, within = place // examples, place % examples
+    index = np.empty(count, np.int64)
+    for number in np.unique(epoch):
+        here = epoch == number
+        index[here] = _permutation(int(seed), int(number), examples)[within[here]]
+    return index
+
+
+@functools.lru_cache(maxsize=64)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     # Ranks of raw Philox bits: NumPy guarantees the bit stream for good, but not what Generator.permutation makes of it.
     words = [seed % 2**64, epoch]
     return np.argsort(np.random.Philox(key=np.asarray(words, np.uint64)).random_raw(size), kind="stable")
 
 
-def eval_batches(task: Task, split: str, batch_size: int) -> Iterator[Batch]:
+def eval_batches(task: Task, split: str, batch_size: int, *, adapted: Any = None) -> Iterator[Batch]:
     """The batches of a split in its order; the last one is filled up with copies of its last row, of weight 0.
 
     Args:
       task: the task.
       split: ``"train"``, ``"validation"`` or ``"test"``.
       batch_size: number of rows of every batch.
+      adapted: the model whose ``apply`` will take the inputs: one that makes a difference between tasks gets the task's number
+        with them, see :func:`inputs_for`.
 
     Raises:
-      ValueError: for an empty split, a bad row (with its place), or a bad argument.
+      ValueError: for an empty split, a bad row (with its place), a bad argument, or a task that the model does not know.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more")
     examples = len(task.split(split))  # now, not at the first next(): errors belong to this call
-    return _in_order(task, split, batch_size, examples)
+    task_number(adapted, task)
+    return _in_order(task, split, batch_size, examples, adapted)
 
 
-def _in_order(task: Task, split: str, batch_size: int, examples: int) -> Iterator[Batch]:
+def _in_order(task: Task, split: str, batch_size: int, examples: int, adapted: Any) -> Iterator[Batch]:
     for start in range(0, examples, batch_size):
         place = np.arange(start, start + batch_size)
-        yield task.rows(split, np.minimum(place, examples - 1), (place < examples).astype(np.float32))
+        batch = task.rows(split, np.minimum(place, examples - 1), (place < examples).astype(np.float32))
+        yield {**batch, "inputs": inputs_for(adapted, task, batch["inputs"])}
+
+
+def inputs_for(adapted: Any, task: Task, inputs: dict[str, Any], groups: int | None = None) -> dict[str, Any]:
+    """What a model's ``apply`` takes of a batch of one task: a model with ``tasks`` also gets ``task``, all others do not.
+
+    Args:
+      adapted: the model, or ``None`` for the inputs as they are (``base`` and ``apply_deltas`` take no ``task``).
+      task: the task, which goes by its name.
+      inputs: of a batch of it; left as it is.
+      groups: ``task`` is int32 ``[]``; with a number it is ``[groups]``, to be split over devices and micro-batches.
+
+    Raises:
+      ValueError: if the model does not know the task.
+    """
+    number = task_number(adapted, task)
+    if number is None:
+        return inputs
+    return {**inputs, "task": np.full(() if groups is None else (groups,), number, np.int32)}
+
+
+def task_number(adapted: Any, task: Task) -> int | None:
+    """The task's place among the tasks of a model; ``None`` for a model that makes no difference between tasks.
+
+    Raises:
+      ValueError: if there are tasks, but not this one, with the names and the nearest of them.
+    """
+    names = getattr(adapted, "tasks", ())  # None is no model; a model of one's own may lack it
+    if not names:
+        return None
+    if task.name not in names:
+        raise ValueError(
+            f"the model was generated for the tasks {', '.join(map(repr, names))}, not for {task.name!r}"
+            f"{trees.did_you_mean(task.name, names)}; name it among the generator's tasks, or rename the task"
+        )
+    return tuple(names).index(task.name)

@@ -6,11 +6,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from pefusion_jax.files import write_atomically
 from pefusion_jax.training.step import NonFiniteError, describe_bad
@@ -74,12 +75,25 @@ class Monitor:
       progress: whether to show a bar; ``None`` shows it where standard error is a terminal.
       names: the trained leaves, whose paths appear in errors.
       label: name of the run, shown by the bar.
+      tasks: names of several tasks that are trained together. Records then have ``loss/NAME``, the mean over the task's rows
+        since the record before (in this process), where it had any.
     """
 
     def __init__(
-        self, total: int, start: int, every: int, log: MetricsFile | None, progress: bool | None, names: Any, label: str
+        self,
+        total: int,
+        start: int,
+        every: int,
+        log: MetricsFile | None,
+        progress: bool | None,
+        names: Any,
+        label: str,
+        tasks: Sequence[str] = (),
     ) -> None:
         from tqdm import tqdm
+
+        self._tasks = tuple(tasks)
+        self._task_sums = np.zeros((2, len(self._tasks)))
 
         self._every, self._total, self._log, self._names, self._label = every, total, log, names, label
         self._pending: list[tuple[int, Any]] = []
@@ -89,8 +103,8 @@ class Monitor:
         shown = sys.stderr.isatty() if progress is None else progress
         self._bar = tqdm(total=total, initial=start, desc=label, unit="step", disable=not shown)
 
-    def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of update number ``step``, still being computed.
+    def push(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of update number ``step``, still being computed; with several tasks also their ``task_rows``.
 
         Fetches what is due up to the step before it, so that the device always has a step to work on meanwhile.
         """
@@ -119,6 +133,8 @@ class Monitor:
                 )
             if step > self._first:
                 self._examples += float(metrics["examples"])
+            if self._tasks:
+                self._task_sums += np.asarray([metrics["task_losses"], metrics["task_rows"]], np.float64)
             if step % self._every == 0 or step == self._total:
                 record = self._record(step, metrics)
                 if self._log is not None:
@@ -133,12 +149,15 @@ class Monitor:
         speed = self._examples / max(now - started, 1e-9)
         self._clock, self._examples = now, 0.0
         rate = float(metrics["learning_rate"])
+        of_tasks = {f"loss/{name}": loss / rows for name, loss, rows in zip(self._tasks, *self._task_sums, strict=True) if rows}
+        self._task_sums[:] = 0
         return {
             "step": step,
             "loss": float(metrics["loss"]),
             "grad_norm": float(metrics["grad_norm"]),
             "learning_rate": None if rate != rate else rate,
             "examples_per_second": speed,
+            **of_tasks,
         }
 
     def note(self, record: Mapping[str, Any]) -> None:

@@ -77,7 +77,7 @@ def compiled_step(
     optimizer: Any,
     head_features: Callable[..., Any],
     head_logits: Callable[..., Any],
-    loss: Callable[..., Any],
+    loss: Any,
     accumulate: int,
     clip: float | None,
     stochastic: bool,

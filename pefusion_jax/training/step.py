@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from pefusion_jax import trees
+from pefusion_jax.training.losses import weighted_losses
 
 Schedule = Callable[[Any], Any]
 
@@ -105,7 +106,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     head_features: Callable[..., jax.Array],
     head_logits: Callable[..., jax.Array],
-    loss: Callable[..., jax.Array],
+    loss: Any,
     *,
     accumulate: int = 1,
     clip: float | None = 1.0,
@@ -119,7 +120,8 @@ def make_step(
     .. math:: L = \frac{\sum_i w_i \ell_i}{\sum_i w_i}, \qquad g = \nabla_\phi L
 
     with sums over the batch of *all* devices. Each device sums :math:`w_i \ell_i` and its gradient over its rows; one
-    all-reduce adds these sums, the weights and the number of examples, so ``trained elements + 3`` numbers cross the wire.
+    all-reduce adds these sums, the weights and the number of examples, so ``trained elements + 3`` numbers cross the wire, and
+    with several tasks one more for each. The model's ``auxiliary`` loss, if it has one, is added on each device.
     Where the loss, the gradient or the updated adapters are not finite, adapters and optimizer state stay as they were.
 
     Args:
@@ -127,7 +129,7 @@ def make_step(
       optimizer: any optax transformation; it sees the reduced and clipped gradient.
       head_features: ``(outputs, inputs) -> [batch, d]``.
       head_logits: ``(head_params, [batch, d]) -> [batch, classes]``.
-      loss: ``(logits, labels) -> [batch]``.
+      loss: ``(logits, labels) -> [batch]``; or one entry a task, see :func:`~pefusion_jax.training.losses.weighted_losses`.
       accumulate: number of micro-batches that a device's rows are worked through in, to save memory.
       clip: largest Euclidean norm of the reduced gradient, ``None`` for no limit.
       stochastic: whether ``apply`` gets ``rngs={"dropout": key}``. The key depends on the step, the device and the
@@ -141,20 +143,21 @@ def make_step(
       ``step(state, params, held, head_params, batch) -> (state, metrics)``: ``held`` are the adapter leaves that are not
       trained, ``batch`` is ``{"inputs": {name: [rows, ...]}, "labels": [rows], "weights": [rows]}``. The metrics are scalars,
       the same on every device: ``loss``, ``grad_norm`` (before clipping), ``examples``, ``learning_rate``, ``finite`` and
-      ``bad``, a number that :func:`describe_bad` turns into a path.
+      ``bad``, a number that :func:`describe_bad` turns into a path. With several tasks also ``task_losses`` ``[task]``, the
+      sums of their rows' weighted losses.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def weighted_loss(trained: Any, fixed: Any, key: jax.Array, rows: Any) -> jax.Array:
+    losses = weighted_losses(adapted, head_features, head_logits, loss)
+
+    def weighted_loss(trained: Any, fixed: Any, key: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
         params, held, head_params = fixed
         rngs = {"rngs": {"dropout": key}} if stochastic else {}
-        outputs = adapted.apply(params, trees.merge(trained, held), **rngs, **rows["inputs"])
-        losses = loss(head_logits(head_params, head_features(outputs, rows["inputs"])), rows["labels"])
-        return jnp.sum(losses.astype(jnp.float32) * rows["weights"].astype(jnp.float32))
+        return losses(params, trees.merge(trained, held), head_params, rows, rngs)
 
-    def summed(trained: Any, fixed: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, Any]:
-        """Sum of the weighted losses of this device's rows, and its gradient."""
-        value_and_grad = jax.value_and_grad(weighted_loss)
+    def summed(trained: Any, fixed: Any, key: jax.Array, batch: Any) -> tuple[tuple[jax.Array, Any], Any]:
+        """Sum of the weighted losses of this device's rows, in all and by task, and its gradient."""
+        value_and_grad = jax.value_and_grad(weighted_loss, has_aux=True)
         if accumulate == 1:
             return value_and_grad(trained, fixed, key, batch)
         micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
@@ -163,18 +166,19 @@ def make_step(
             index, rows = item
             return jax.tree.map(jnp.add, total, value_and_grad(trained, fixed, jax.random.fold_in(key, index), rows)), None
 
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained))
+        by_task = jnp.zeros(len(loss), jnp.float32) if isinstance(loss, tuple) else ()
+        zero = ((jnp.zeros((), jnp.float32), by_task), jax.tree.map(jnp.zeros_like, trained))
         return jax.lax.scan(add, zero, (jnp.arange(accumulate), micro))[0]
 
     def step(state: State, params: Any, held: Any, head_params: Any, batch: Any) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), jax.lax.axis_index(axis_name))
         if penalty is not None:
             head_params, penalty_params = head_params
-        loss_sum, grads = summed(state.adapters, (params, held, head_params), key, batch)
+        (loss_sum, by_task), grads = summed(state.adapters, (params, held, head_params), key, batch)
         weights = batch["weights"].astype(jnp.float32)
         local = jnp.stack([loss_sum, jnp.sum(weights), jnp.sum((weights > 0).astype(jnp.float32))])
         # No collective stands inside the differentiated function: how one is transposed depends on the mapping.
-        (loss_sum, weight_sum, examples), grads = jax.lax.psum((local, grads), axis_name)
+        (loss_sum, weight_sum, examples), by_task, grads = jax.lax.psum((local, by_task, grads), axis_name)
         mean_loss = loss_sum / weight_sum
         grads = jax.tree.map(lambda g: g / weight_sum, grads)
         if penalty is not None:
@@ -203,6 +207,7 @@ def make_step(
             "learning_rate": rate,
             "finite": finite,
             "bad": jnp.where(jnp.any(broken), jnp.argmax(broken), -1).astype(jnp.int32),
+            **({"task_losses": by_task} if isinstance(loss, tuple) else {}),
         }
         return State(kept[0], kept[1], state.step + 1, state.key), metrics
 

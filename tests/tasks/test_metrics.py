@@ -5,7 +5,16 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from pefusion_jax.tasks import accuracy, cross_entropy, macro_f1, matthews, pearson, spearman, squared_error
+from pefusion_jax.tasks import (
+    accuracy,
+    cross_entropy,
+    macro_f1,
+    matthews,
+    pearson,
+    smoothed_cross_entropy,
+    spearman,
+    squared_error,
+)
 
 
 @pytest.mark.parametrize("classes, seed", [(2, 0), (5, 1), (26, 2)])
@@ -49,6 +58,23 @@ def test_cross_entropy_agrees_with_scikit_learn_and_ignores_padding():
     onehot = np.eye(4)[labels]
     np.testing.assert_allclose(gradient[:, :4], probabilities - onehot, atol=1e-6)
     np.testing.assert_array_equal(gradient[:, 4:], 0)
+
+
+def test_label_smoothing_spreads_over_the_real_classes_alone():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 7))
+    labels = rng.integers(0, 5, 6)
+    logits[:, 5:] -= 1e9
+    real = logits[:, :5] - logits[:, :5].max(1, keepdims=True)
+    nll = np.log(np.exp(real).sum(1, keepdims=True)) - real
+    expected = 0.9 * nll[np.arange(6), labels] + 0.1 / 5 * nll.sum(1)
+    loss = smoothed_cross_entropy(0.1)
+    found, gradient = jax.value_and_grad(lambda z: jnp.sum(loss(z, jnp.asarray(labels))))(jnp.asarray(logits, jnp.float32))
+    np.testing.assert_allclose(found, expected.sum(), rtol=1e-6)
+    targets = 0.9 * np.eye(5)[labels] + 0.02
+    np.testing.assert_allclose(gradient[:, :5], np.exp(-nll) - targets, atol=1e-6)
+    np.testing.assert_array_equal(gradient[:, 5:], 0)
+    assert smoothed_cross_entropy(0.1) is loss
 
 
 def test_squared_error_takes_the_first_column():

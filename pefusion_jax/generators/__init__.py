@@ -1,0 +1,26 @@
+"""Hyper-networks that make adapters: ``pf.generate(adapted, generator)``.
+
+Each is a frozen dataclass whose tree is trained in place of the adapters. What they make are ordinary adapter trees.
+"""
+
+from pefusion_jax.generators.cond_lora import CondLoRA
+from pefusion_jax.generators.contrastive import instance_features, instance_loss, prototype_loss
+from pefusion_jax.generators.core import Generator, generate, number_of
+from pefusion_jax.generators.hypernetwork import HyperNetwork, hyperformer, hyperformer_plus_plus, pha, task_embeddings
+from pefusion_jax.generators.table import PerTask
+
+__all__ = [
+    "CondLoRA",
+    "Generator",
+    "HyperNetwork",
+    "PerTask",
+    "generate",
+    "hyperformer",
+    "hyperformer_plus_plus",
+    "instance_features",
+    "instance_loss",
+    "number_of",
+    "pha",
+    "prototype_loss",
+    "task_embeddings",
+]

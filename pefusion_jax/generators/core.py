@@ -1,0 +1,284 @@
+"""``generate(adapted, generator) -> Adapted``: a hyper-network makes the adapters, and its tree is the trained one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pefusion_jax import trees
+from pefusion_jax.adapt import Adapted, Expansions, owner
+from pefusion_jax.deltas import Delta
+from pefusion_jax.generators.layout import Layout, layout_of
+
+Flat = dict[str, Any]
+
+
+class Generator(Protocol):
+    """What :func:`generate` asks of a generator: a frozen dataclass with pure functions.
+
+    ``tasks``: names of the tasks that it makes different adapters for, in order; empty if it makes one set of adapters.
+    ``contrasts``: whether it has an ``auxiliary`` loss.
+    """
+
+    @property
+    def tasks(self) -> tuple[str, ...]: ...
+
+    @property
+    def contrasts(self) -> bool: ...
+
+    def init(self, key: jax.Array, adapters: Flat, params: Flat, layout: Layout) -> dict[str, Any]:
+        """A tree for adapters with these paths and shapes; float32, nested."""
+        ...
+
+    def make(self, tree: Any, params: Flat, layout: Layout, task: jax.Array | None) -> Flat:
+        """Path -> adapter leaf, from the base parameters and the number of one task."""
+        ...
+
+    def trained(self, tree: Any) -> dict[str, Any]:
+        """Nested dictionary of the leaves that are trained."""
+        ...
+
+    def moving(self, tree: Any) -> dict[str, Any]:
+        """The trained leaves whose derivative does not vanish identically at ``tree``."""
+        ...
+
+    def auxiliary(self, tree: Any, outputs: Any, inputs: Any) -> jax.Array:
+        """A loss beside the tasks' own; ``inputs`` have the entry ``task``."""
+        ...
+
+
+def generate(adapted: Adapted, generator: Generator) -> Adapted:
+    r"""Lets a generator make the adapters: :math:`f(x; \theta, G_\psi(\theta, t))`, where :math:`\psi` is trained.
+
+    The result is an :class:`~pefusion_jax.adapt.Adapted` like any other, and its tree is the generator's. With ``tasks`` its
+    ``apply`` takes ``task``, int32 ``[]`` or ``[groups]``: the rows of the batch are ``groups`` blocks of equal size, in order,
+    and each block belongs to one task. A single number costs what the plain adapter costs, beside the generation; with several,
+    the model is mapped over the blocks, whose adapters are made once for each task present or for each task there is, whichever
+    are fewer.
+
+    Args:
+      adapted: what ``adapt`` returned.
+      generator: of :mod:`pefusion_jax.generators`.
+
+    Returns:
+      The model. ``materialise(params, tree, task)`` gives the adapters of ``adapted`` for one task: to serve, to save, to
+      export, to fuse or to linearize like any other. ``deltas`` exist if the generator makes one set of adapters.
+
+    Raises:
+      ValueError: if ``adapted`` is linearized (linearize the result), or generated already; and, by ``init`` and ``apply``, if
+        generator and adapters do not belong together.
+
+    Example::
+
+      made = generate(adapt(model, LoRA(rank=8, targets=r".*/(query|value)")), CondLoRA())
+      theta = made.init(jax.random.key(0), params, **batch)
+      adapters = made.materialise(params, theta)
+    """
+    if adapted.expand is None:
+        raise ValueError("the model is linearized; generate first and linearize the result: linearize(generate(adapted, ...))")
+    if adapted.materialise is not None:
+        raise ValueError("the adapters of this model are generated already; pass what adapt() returned")
+    if adapted.origin is None:
+        raise ValueError("the model does not say which methods it was adapted with; pass what adapt() returned")
+    methods = adapted.origin.methods
+    inner = adapted.expand
+
+    def described(params: Any) -> tuple[Flat, Layout]:
+        base = params["params"] if isinstance(params.get("params"), Mapping) else params
+        return trees.flat(base), layout_of(base, lambda path: owner(methods, path) is not None)
+
+    def one(params: Any, tree: Any, task: Any) -> Any:
+        flat, layout = described(params)
+        made = generator.make(tree, flat, layout, task)
+        for path in made:
+            if not layout.adapted(path):
+                raise ValueError(
+                    f"the generator makes a leaf {path!r}, which no method of this model has: its targets are others than the "
+                    "adapters'. Make the tree with init() of this model"
+                )
+        return trees.nest(made)
+
+    def several(params: Any, tree: Any, ids: jax.Array) -> Any:
+        """Adapters with the blocks in front."""
+        if ids.shape[0] <= len(generator.tasks):
+            return jax.vmap(lambda task: one(params, tree, task))(ids)
+        every = jax.vmap(lambda task: one(params, tree, task))(jnp.arange(len(generator.tasks), dtype=jnp.int32))
+        return jax.tree.map(lambda leaf: leaf[ids], every)
+
+    def adapters(params: Any, parts: Sequence[Any], ids: Any, exact: bool) -> tuple[Any, ...]:
+        """The adapters, and if there is a displacement of the tree theirs, to first order or exactly."""
+        if ids is None or ids.ndim == 0:
+            of = functools.partial(one, params, task=ids)
+        else:
+            of = functools.partial(several, params, ids=ids)
+        if len(parts) == 1:
+            return (of(parts[0]),)
+        if not exact:
+            return jax.jvp(of, (parts[0],), (parts[1],))
+        before, after = of(parts[0]), of(jax.tree.map(jnp.add, *parts))
+        return before, jax.tree.map(jnp.subtract, after, before)
+
+    def numbers(task: Any) -> Any:
+        """Checked task numbers: ``None``, ``[]``, or ``[groups]`` with more than one group."""
+        if not generator.tasks:
+            if task is not None:
+                raise ValueError("this generator makes one set of adapters for all inputs; leave out task=")
+            return None
+        if task is None:
+            raise ValueError(f"say which task: pass task= with numbers into {_listed(generator.tasks)}")
+        if isinstance(task, str):
+            return jnp.int32(number_of(generator.tasks, task))
+        if not isinstance(task, jax.core.Tracer):
+            known = np.asarray(task)
+            if known.dtype.kind not in "iu" or known.size and not 0 <= known.min() <= known.max() < len(generator.tasks):
+                raise ValueError(
+                    f"task={task!r:.80} must be numbers from 0 to {len(generator.tasks) - 1}: {_listed(generator.tasks)}"
+                )
+        ids = jnp.asarray(task, jnp.int32)
+        if ids.ndim > 1:
+            raise ValueError(f"task has the shape {ids.shape}; it must be one number, or [groups]")
+        return ids[0] if ids.shape == (1,) else ids
+
+    def run(call: Any, params: Any, parts: Sequence[Any], inputs: Any, task: Any, rngs: Any, kwargs: Any, exact: bool) -> Any:
+        ids = numbers(task)
+        made = adapters(params, parts, ids, exact)
+        if ids is None or ids.ndim == 0:
+            return call(params, made, *inputs, **({} if rngs is None else {"rngs": rngs}), **kwargs)
+        return _by_block(call, ids.shape[0], params, made, inputs, rngs, kwargs)
+
+    def init(key: jax.Array, params: Any, *inputs: Any, task: Any = None, **kwargs: Any) -> Any:
+        del task  # the tree is the same for all
+        template_key, tree_key = jax.random.split(key)
+        template = trees.flat(adapted.init(template_key, params, *inputs, **kwargs))
+        flat, layout = described(params)
+        tree = generator.init(tree_key, template, flat, layout)
+        made = {path: leaf.shape for path, leaf in trees.flat(jax.eval_shape(materialise, params, tree, 0)).items()}
+        if made != {path: leaf.shape for path, leaf in template.items()}:
+            odd = next(
+                path for path in sorted({**made, **template}) if made.get(path) != getattr(template.get(path), "shape", None)
+            )
+            raise ValueError(
+                f"{type(generator).__name__} makes {made.get(odd, 'nothing')} at {odd!r}, where the adapters have "
+                f"{getattr(template.get(odd), 'shape', 'nothing')}"
+            )
+        return tree
+
+    def apply(params: Any, tree: Any, *inputs: Any, task: Any = None, rngs: Any = None, **kwargs: Any) -> Any:
+        def call(params: Any, made: Any, *inputs: Any, **kwargs: Any) -> Any:
+            return adapted.apply(params, made[0], *inputs, **kwargs)
+
+        return run(call, params, (tree,), inputs, task, rngs, kwargs, False)
+
+    def base(params: Any, *inputs: Any, task: Any = None, **kwargs: Any) -> Any:
+        del task
+        return adapted.base(params, *inputs, **kwargs)
+
+    def materialise(params: Any, tree: Any, task: Any = None) -> Any:
+        if generator.tasks:
+            ids = numbers(0 if task is None and len(generator.tasks) == 1 else task)
+            return one(params, tree, ids) if ids.ndim == 0 else several(params, tree, ids)
+        return one(params, tree, None)
+
+    def deltas(params: Any, tree: Any) -> Delta:
+        _refuse_tasks(generator.tasks)
+        return adapted.deltas(params, one(params, tree, None))
+
+    def apply_deltas(params: Any, delta: Delta, *inputs: Any, task: Any = None, **kwargs: Any) -> Any:
+        del task
+        return adapted.apply_deltas(params, delta, *inputs, **kwargs)
+
+    def expand(branch: Any, change: Any, exact: bool = False) -> Any:
+        call = inner.forward(branch, change)
+
+        def forward(params: Any, parts: Any, *inputs: Any, task: Any = None, rngs: Any = None, **kwargs: Any) -> Any:
+            return run(call, params, parts, inputs, task, rngs, kwargs, exact)
+
+        return forward
+
+    def changes(params: Any, parts: Any, change: Any, exact: bool = False) -> Delta:
+        _refuse_tasks(generator.tasks)
+        return inner.changes(params, adapters(params, parts, None, exact), change)
+
+    def auxiliary(params: Any, tree: Any, outputs: Any, inputs: Any) -> jax.Array:
+        del params
+        return generator.auxiliary(tree, outputs, inputs)
+
+    return Adapted(
+        init=init,
+        apply=apply,
+        base=base,
+        deltas=deltas,
+        apply_deltas=apply_deltas,
+        trainable=generator.trained,
+        moving=generator.moving,
+        pushforward=None,
+        expand=Expansions(forward=expand, changes=changes),
+        folds=adapted.folds and not generator.tasks,
+        origin=dataclasses.replace(adapted.origin, generator=generator, inner=adapted),
+        tasks=generator.tasks,
+        materialise=materialise,
+        auxiliary=auxiliary if generator.contrasts else None,
+    )
+
+
+def number_of(tasks: Sequence[str], name: str) -> int:
+    """The number of a task.
+
+    Raises:
+      ValueError: for a name that is not among them, with those that are.
+    """
+    if name not in tasks:
+        raise ValueError(f"there is no task {name!r}{trees.did_you_mean(name, tasks)}; the generator has {_listed(tasks)}")
+    return tuple(tasks).index(name)
+
+
+def _listed(tasks: Sequence[str]) -> str:
+    names = [f"{number} {name}" for number, name in enumerate(tasks)]
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+
+
+def _refuse_tasks(tasks: Sequence[str]) -> None:
+    if tasks:
+        raise ValueError(
+            "the generator makes other adapters for each task, so there is no one weight-space change; take one task's: "
+            f"adapted.deltas(params, generated.materialise(params, tree, {tasks[0]!r})), with the model given to generate()"
+        )
+
+
+def _by_block(call: Any, groups: int, params: Any, made: Any, inputs: Any, rngs: Any, kwargs: Any) -> Any:
+    """Maps the model over blocks of rows, each with its own adapters."""
+    flat, structure = jax.tree.flatten((inputs, kwargs))
+    batch = next((leaf.shape[0] for leaf in flat if getattr(leaf, "ndim", 0)), None)
+    if batch is None or batch % groups:
+        raise ValueError(
+            f"{groups} groups do not divide a batch of {batch} rows; task must be [groups] with batch % groups == 0"
+        )
+    is_rows = [getattr(leaf, "ndim", 0) > 0 and leaf.shape[0] == batch for leaf in flat]
+    rows = [
+        leaf.reshape(groups, batch // groups, *leaf.shape[1:]) for leaf, mapped in zip(flat, is_rows, strict=True) if mapped
+    ]
+    keys = None if rngs is None else jax.tree.map(lambda key: jax.random.split(key, groups), rngs)
+
+    def block(adapters: Any, rows: Any, keys: Any) -> Any:
+        given = iter(rows)
+        leaves = [next(given) if mapped else leaf for leaf, mapped in zip(flat, is_rows, strict=True)]
+        args, more = jax.tree.unflatten(structure, leaves)
+        return call(params, adapters, *args, **({} if keys is None else {"rngs": keys}), **more)
+
+    outputs = jax.vmap(block)(made, rows, keys)
+
+    def joined(leaf: jax.Array) -> jax.Array:
+        if leaf.ndim < 2 or leaf.shape[1] != batch // groups:
+            raise ValueError(
+                f"an output of the model has the shape {leaf.shape[1:]} for {batch // groups} rows, without the rows in front "
+                "(a cache?), so blocks of several tasks cannot be joined; call the model for one task at a time"
+            )
+        return leaf.reshape(batch, *leaf.shape[2:])
+
+    return jax.tree.map(joined, outputs)

@@ -1,0 +1,316 @@
+"""Hyper-networks that make adapters from a task's and a layer's embedding: PHA, HyperFormer, HyperFormer++ and a control."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pefusion_jax import trees
+from pefusion_jax.generators import contrastive
+from pefusion_jax.generators.layout import Layout
+
+_EPSILON = 1e-6  # of the code's normalisation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HyperNetwork:
+    r"""Makes each adapter leaf from a code, and the code from embeddings.
+
+    .. math:: g_{t,s,l} = \mathrm{LN}\big(V_2\, \mathrm{relu}(V_1 [k_t; p_s; e_l] + v_1) + v_2\big), \qquad
+       \phi_{t,s,l} = H_\phi\, g_{t,s,l} + h_\phi
+
+    for task :math:`t`, site :math:`s` and layer :math:`l`. Sites whose leaves have the same names and shapes share all matrices
+    :math:`H` (they are one *kind*), and so do all layers and all tasks. The leaves are affine in the code, so averaging codes
+    is averaging adapters; averaging tasks' embeddings is neither. It works for every adapter method.
+
+    Attributes:
+      tasks: names of the tasks, in order. They belong to the tree: rows of ``tasks`` are in this order.
+      task_size: length of :math:`k_t`, which start standard normal.
+      layer_size: length of :math:`e_l`, standard normal.
+      places: add an embedding :math:`p_s` of the site, and share those of the layers between the sites. Without, each site has
+        layer embeddings of its own.
+      hidden: width of :math:`V_1`.
+      code: length of the code.
+      start: how the matrices begin. ``"fan-in"``: :math:`H` uniform in :math:`\pm 10^{-3} \sqrt{3 / (c f)}` for a code of
+        length :math:`c` and a leaf with :math:`f` inputs (1 for vectors), :math:`V` uniform in
+        :math:`\pm 1/\sqrt{\text{inputs}}`. ``"normal"``: all of deviation 0.01.
+      by_stack: networks of their own for each stack of layers: for encoder and decoder.
+      by_layer: matrices :math:`H` of their own for each layer, from a code without :math:`e_l`.
+      learned: regular expression for whole paths of adapter leaves that are not made but learned, the same for all tasks.
+      retriever: widths of the retriever :math:`z = W_2\, \mathrm{relu}(W_1 \bar h + w_1) + w_2`, whose last is ``task_size``;
+        empty for none. With it the tasks' embeddings are prototypes, and two losses are added to training.
+      features: length of :math:`\bar h`, the mean of the encoder's last hidden states; needed with a retriever.
+      temperature: of both losses.
+      weight: of either loss; 0 trains without them.
+
+    Reference: H. Zhao, J. Fu, Z. He, Prototype-based HyperAdapter for Sample-Efficient Multi-task Tuning, 2023; R. Karimi
+    Mahabadi et al., Parameter-efficient Multi-task Fine-tuning for Transformers via Shared Hypernetworks, 2021. See
+    :func:`pha`, :func:`hyperformer` and :func:`hyperformer_plus_plus` for their settings.
+    """
+
+    tasks: tuple[str, ...]
+    task_size: int = 64
+    layer_size: int = 64
+    places: bool = False
+    hidden: int = 128
+    code: int = 64
+    start: Literal["fan-in", "normal"] = "fan-in"
+    by_stack: bool = False
+    by_layer: bool = False
+    learned: str = r"(?!)"
+    retriever: tuple[int, ...] = ()
+    features: int = 0
+    temperature: float = 0.1
+    weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "retriever", tuple(self.retriever))
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"tasks={self.tasks!r:.200} must be one or more different names")
+        for name in ("task_size", "layer_size", "hidden", "code"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.start not in ("fan-in", "normal"):
+            raise ValueError(f"start={self.start!r} must be 'fan-in' or 'normal'")
+        if self.retriever:
+            if len(self.retriever) != 2 or self.retriever[-1] != self.task_size:
+                raise ValueError(f"retriever={self.retriever} must be two widths, the last task_size={self.task_size}")
+            if self.features < 1:
+                raise ValueError("a retriever needs features=, the width of the encoder's last hidden states")
+            if len(self.tasks) < 2:
+                raise ValueError(f"prototypes need two or more tasks to tell apart; there is {self.tasks[0]!r} alone")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0")
+        try:
+            re.compile(self.learned)
+        except re.error as error:
+            raise ValueError(f"learned={self.learned!r} is not a regular expression: {error}") from error
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether the contrastive losses are on."""
+        return bool(self.retriever) and self.weight > 0
+
+    # ----------------------------------------------------------------------------------------------------------- tree
+
+    def init(self, key: jax.Array, adapters: dict[str, Any], params: dict[str, Any], layout: Layout) -> dict[str, Any]:
+        """The tree; ``ROLE`` is a site's path with a star for the number of the layer.
+
+        ::
+
+            tasks                          [task, task_size]
+            kinds/0/code/{in,out,norm}/... V1, V2 and the normalisation
+            kinds/0/sites/ROLE/layer       [layer, layer_size]; with places: place [layer_size], and kinds/0/layers for all
+            kinds/0/heads/LEAF/...         kernel [code, ...], bias [...]; by_layer: below the site, [layer, ...] in front
+            learned/PATH                   as in the adapters
+            retriever/{in,out}/...         W1, W2
+
+        Raises:
+          ValueError: if all leaves are learned, or ``learned`` matches none though it is set.
+        """
+        del params
+        learned = {path: leaf for path, leaf in adapters.items() if re.fullmatch(self.learned, path)}
+        if len(learned) == len(adapters):
+            raise ValueError(f"learned={self.learned!r} matches every adapter leaf, so nothing is left to make")
+        if self.learned != r"(?!)" and not learned:
+            raise ValueError(f"learned={self.learned!r} matches no adapter leaf{trees.did_you_mean(self.learned, adapters)}")
+        made = layout.gather({path: leaf for path, leaf in adapters.items() if path not in learned})
+        keys = iter(jax.random.split(key, 16 + 16 * len(made)))
+        flat: dict[str, Any] = {"tasks": jax.random.normal(next(keys), (len(self.tasks), self.task_size))}
+        for number, (sites, leaves) in enumerate(self._kinds(made, layout)):
+            flat |= {f"kinds/{number}/{path}": leaf for path, leaf in self._kind(sites, leaves, layout, keys).items()}
+        flat |= {f"learned/{path}": jnp.asarray(leaf, jnp.float32) for path, leaf in learned.items()}
+        if self.retriever:
+            flat |= self._dense("retriever/in", keys, self.features, self.retriever[0])
+            flat |= self._dense("retriever/out", keys, *self.retriever)
+        return trees.nest(flat)
+
+    def _kinds(self, made: dict[str, Any], layout: Layout) -> list[tuple[list[str], dict[str, tuple[int, ...]]]]:
+        """Sites (roles of modules) of one kind, with the shapes of a layer's leaves."""
+        sites: dict[str, dict[str, tuple[int, ...]]] = {}
+        for role, leaf in made.items():
+            site, _, name = role.rpartition("/")
+            sites.setdefault(site, {})[name] = leaf.shape if layout.layers(role) is None else leaf.shape[1:]
+        kinds: dict[Any, list[str]] = {}
+        for site, leaves in sites.items():
+            stack = site.partition("*")[0] if self.by_stack else ""
+            # Layers that share one table of embeddings must be as many.
+            kinds.setdefault((stack, layout.layers(site), tuple(sorted(leaves.items()))), []).append(site)
+        return [(found, dict(leaves)) for (_, _, leaves), found in sorted(kinds.items(), key=lambda kind: kind[1])]
+
+    def _kind(self, sites: list[str], leaves: dict[str, tuple[int, ...]], layout: Layout, keys: Any) -> dict[str, Any]:
+        layers = layout.layers(sites[0]) or 1
+        out: dict[str, Any] = {}
+        width = self.task_size
+        if self.places:
+            width += self.layer_size
+            out |= {f"sites/{site}/place": jax.random.normal(next(keys), (self.layer_size,)) for site in sites}
+        if not self.by_layer:
+            width += self.layer_size
+            tables = ["layers"] if self.places else [f"sites/{site}/layer" for site in sites]
+            out |= {path: jax.random.normal(next(keys), (layers, self.layer_size)) for path in tables}
+        out |= self._dense("code/in", keys, width, self.hidden)
+        out |= self._dense("code/out", keys, self.hidden, self.code)
+        out |= {"code/norm/scale": jnp.ones(self.code), "code/norm/bias": jnp.zeros(self.code)}
+        front = (layers,) if self.by_layer else ()
+        for where in [f"sites/{site}/heads" for site in sites] if self.by_layer else ["heads"]:
+            for name, shape in leaves.items():
+                fan_in = math.prod(shape[:-1]) if len(shape) > 1 else 1
+                bound = 1e-3 * math.sqrt(3 / (self.code * fan_in))
+                out[f"{where}/{name}/kernel"] = self._draw(next(keys), (*front, self.code, *shape), bound)
+                out[f"{where}/{name}/bias"] = jnp.zeros((*front, *shape))
+        return out
+
+    def _dense(self, path: str, keys: Any, inputs: int, outputs: int) -> dict[str, jax.Array]:
+        bound = 1 / math.sqrt(inputs)
+        bias = jnp.zeros(outputs) if self.start == "normal" else self._draw(next(keys), (outputs,), bound)
+        return {f"{path}/kernel": self._draw(next(keys), (inputs, outputs), bound), f"{path}/bias": bias}
+
+    def _draw(self, key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
+        if self.start == "normal":
+            return 0.01 * jax.random.normal(key, shape)
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+    # --------------------------------------------------------------------------------------------------------- adapters
+
+    def codes(self, tree: Any, task: jax.Array) -> dict[str, jax.Array]:
+        """Site (a role) -> the codes of its layers for a task, ``[layer, code]``; ``[1, code]`` by layer."""
+        out: dict[str, jax.Array] = {}
+        for kind in tree["kinds"].values():
+            for site, own in _sites(kind).items():
+                layers = own.get("layer", kind.get("layers"))
+                count = 1 if layers is None else layers.shape[0]
+                parts = [tree["tasks"][task], *([own["place"]] if self.places else [])]
+                rows = [jnp.broadcast_to(part[None, :], (count, part.shape[0])) for part in parts]
+                u = jnp.concatenate([*rows, *([] if layers is None else [layers])], axis=-1)
+                code = _apply(kind["code"]["out"], jax.nn.relu(_apply(kind["code"]["in"], u)))
+                out[site] = _normalised(code, kind["code"]["norm"])
+        return out
+
+    def leaves(self, tree: Any, codes: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Role -> ``[layer, ...]`` adapter leaf, from the codes: affine in them."""
+        out: dict[str, jax.Array] = {}
+        for kind in tree["kinds"].values():
+            for site, own in _sites(kind).items():
+                for name, head in (own["heads"] if self.by_layer else kind["heads"]).items():
+                    if self.by_layer:
+                        made = jnp.einsum("c,lc...->l...", codes[site][0], head["kernel"]) + head["bias"]
+                    else:
+                        made = jnp.tensordot(codes[site], head["kernel"], 1) + head["bias"][None]
+                    out[f"{site}/{name}" if site else name] = made
+        return out
+
+    def make(self, tree: Any, params: dict[str, Any], layout: Layout, task: jax.Array | None) -> dict[str, Any]:
+        """The adapter leaves of a task, learned ones among them."""
+        del params
+        if task is None or tree["tasks"].shape[0] != len(self.tasks):
+            raise ValueError(
+                f"the tree has {tree['tasks'].shape[0]} tasks, the generator {len(self.tasks)}: {', '.join(self.tasks)!r:.200}"
+            )
+        made = self.leaves(tree, self.codes(tree, task))
+        made = {role: leaf if layout.layers(role) is not None else leaf[0] for role, leaf in made.items()}
+        return {**layout.spread(made), **trees.flat(tree.get("learned", {}))}
+
+    def trained(self, tree: Any) -> dict[str, Any]:
+        """All of it; the retriever only where the losses that teach it are on."""
+        return trees.nest(trees.flat(tree)) if self.contrasts else self.moving(tree)
+
+    def moving(self, tree: Any) -> dict[str, Any]:
+        """What can change the adapters: all but the retriever."""
+        return trees.nest({p: leaf for p, leaf in trees.flat(tree).items() if not p.startswith("retriever/")})
+
+    # ------------------------------------------------------------------------------------------------------- prototypes
+
+    def retrieve(self, tree: Any, features: jax.Array) -> jax.Array:
+        """Where instances lie among the prototypes: :math:`z` ``[batch, task_size]`` of features ``[batch, d]``."""
+        if "retriever" not in tree:
+            raise ValueError("this generator has no retriever; make one with retriever=(128, task_size)")
+        middle = jax.nn.relu(_apply(tree["retriever"]["in"], features.astype(jnp.float32)))
+        return _apply(tree["retriever"]["out"], middle)
+
+    def auxiliary(self, tree: Any, outputs: Any, inputs: Any) -> jax.Array:
+        """``weight * (instance loss + prototype loss)``.
+
+        Raises:
+          ValueError: if the batch is of one task: no instance then has another to be told from.
+        """
+        ids = jnp.asarray(inputs["task"], jnp.int32)
+        if ids.size == 1:
+            raise ValueError(
+                "the contrastive losses need instances of two or more tasks in a batch, and this one has a single task: train "
+                "with finetune_together(groups=2 or more), or without the losses: dataclasses.replace(generator, weight=0.0)"
+            )
+        z = self.retrieve(tree, contrastive.instance_features(outputs, inputs))
+        rows = jnp.repeat(ids, z.shape[0] // ids.shape[0])
+        apart = contrastive.instance_loss(z, rows, self.temperature)
+        around = contrastive.prototype_loss(z, tree["tasks"], rows, self.temperature)
+        return jnp.float32(self.weight) * (apart + around)
+
+
+def pha(tasks: Any, features: int, *, learned: str = r"(?!)", bottleneck_code: int = 64, **settings: Any) -> HyperNetwork:
+    """Prototype-based HyperAdapter: prototypes of length 64, a retriever 128 wide, layer embeddings, the two losses at 0.1.
+
+    Meant for parallel bottleneck adapters beside the feed-forward layers. On an encoder-decoder, as released, the decoder's
+    adapters are made and the encoder's learned: ``learned=r"encoder/.*"``. On an encoder all are made.
+
+    Args:
+      tasks: names of the tasks.
+      features: width of the encoder's hidden states.
+      learned: see :class:`HyperNetwork`, also for further ``settings``.
+      bottleneck_code: length of prototypes and codes.
+
+    Reference: H. Zhao, J. Fu, Z. He, Prototype-based HyperAdapter for Sample-Efficient Multi-task Tuning, 2023, as their
+    code has it.
+    """
+    size = bottleneck_code
+    given = {"task_size": size, "layer_size": size, "code": size, "retriever": (128, size), **settings}
+    return HyperNetwork(tasks=tuple(tasks), features=features, learned=learned, **given)
+
+
+def task_embeddings(tasks: Any, **settings: Any) -> HyperNetwork:
+    """The control without prototypes: the same network from learned task embeddings, and no loss beside the tasks' own."""
+    return HyperNetwork(tasks=tuple(tasks), **settings)
+
+
+def hyperformer(tasks: Any, **settings: Any) -> HyperNetwork:
+    """HyperFormer: a network for each layer, shared by the tasks, which sees the task's embedding alone.
+
+    Reference: R. Karimi Mahabadi et al., Parameter-efficient Multi-task Fine-tuning for Transformers via Shared Hypernetworks,
+    2021, as its text says; the released settings share one network among the layers.
+    """
+    return HyperNetwork(tasks=tuple(tasks), **{"start": "normal", "by_layer": True, "by_stack": True, **settings})
+
+
+def hyperformer_plus_plus(tasks: Any, **settings: Any) -> HyperNetwork:
+    """HyperFormer++: one network for each stack, from the embeddings of task, layer and position.
+
+    Meant for Houlsby's adapters with a normalisation, whose scale and bias are made too.
+
+    Reference: as :func:`hyperformer`.
+    """
+    return HyperNetwork(tasks=tuple(tasks), **{"start": "normal", "places": True, "by_stack": True, **settings})
+
+
+def _sites(kind: Any) -> dict[str, dict[str, Any]]:
+    """Role of each site of a kind -> its own leaves, nested."""
+    out: dict[str, dict[str, Any]] = {}
+    for path, leaf in sorted(trees.flat(kind["sites"]).items()):
+        site, _, rest = path.partition("/heads/") if "/heads/" in path else path.rpartition("/")
+        out.setdefault(site, {})["heads/" + rest if "/heads/" in path else rest] = leaf
+    return {site: trees.nest(own) for site, own in out.items()}
+
+
+def _apply(dense: Any, x: jax.Array) -> jax.Array:
+    return x @ dense["kernel"] + dense["bias"][None, :]
+
+
+def _normalised(x: jax.Array, norm: Any) -> jax.Array:
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    scaled = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + _EPSILON)
+    return scaled * norm["scale"][None, :] + norm["bias"][None, :]
