@@ -10,6 +10,7 @@ from pefusion_jax.evaluation.analysis import (
 )
 from pefusion_jax.evaluation.analysis_plots import plot_disentanglement, plot_layers, plot_loss_plane, plot_matrix
 from pefusion_jax.evaluation.batched import evaluate_many
+from pefusion_jax.evaluation.conversion import Conversions, conversion_similarity, conversions
 from pefusion_jax.evaluation.exact import Combination, Solution, Subsets, best_combination, solve_coefficients, solve_subsets
 from pefusion_jax.evaluation.geometry import (
     LayerNorms,
@@ -40,6 +41,7 @@ __all__ = [
     "Best",
     "Cached",
     "Combination",
+    "Conversions",
     "Comparison",
     "Disentanglement",
     "Grouped",
@@ -57,6 +59,8 @@ __all__ = [
     "best_combination",
     "cache_groups",
     "cache_outputs",
+    "conversion_similarity",
+    "conversions",
     "cosine",
     "disentanglement_error",
     "evaluate",

@@ -8,19 +8,25 @@ from pefusion_jax.generators.contrastive import instance_features, instance_loss
 from pefusion_jax.generators.core import Generator, generate, number_of
 from pefusion_jax.generators.hypernetwork import HyperNetwork, hyperformer, hyperformer_plus_plus, pha, task_embeddings
 from pefusion_jax.generators.table import PerTask
+from pefusion_jax.generators.transfer import Retrieval, add_task, instance_codes, retrieval_table, retrieve
 
 __all__ = [
     "CondLoRA",
     "Generator",
     "HyperNetwork",
     "PerTask",
+    "Retrieval",
+    "add_task",
     "generate",
     "hyperformer",
     "hyperformer_plus_plus",
+    "instance_codes",
     "instance_features",
     "instance_loss",
     "number_of",
     "pha",
     "prototype_loss",
+    "retrieval_table",
+    "retrieve",
     "task_embeddings",
 ]

@@ -49,6 +49,7 @@ class CondLoRA:
 
     tasks: ClassVar[tuple[str, ...]] = ()
     contrasts: ClassVar[bool] = False
+    instances: ClassVar[str] = "outputs"
 
     def __post_init__(self) -> None:
         if self.orientation not in ("paper", "official"):

@@ -23,7 +23,8 @@ class Generator(Protocol):
     """What :func:`generate` asks of a generator: a frozen dataclass with pure functions.
 
     ``tasks``: names of the tasks that it makes different adapters for, in order; empty if it makes one set of adapters.
-    ``contrasts``: whether it has an ``auxiliary`` loss.
+    ``contrasts``: whether it has an ``auxiliary`` loss, and ``instances`` whose outputs that sees: ``"outputs"`` of the
+    generated model, or ``"base"`` for those of the model without adapters.
     """
 
     @property
@@ -31,6 +32,9 @@ class Generator(Protocol):
 
     @property
     def contrasts(self) -> bool: ...
+
+    @property
+    def instances(self) -> str: ...
 
     def init(self, key: jax.Array, adapters: Flat, params: Flat, layout: Layout) -> dict[str, Any]:
         """A tree for adapters with these paths and shapes; float32, nested."""
@@ -206,8 +210,8 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         return inner.changes(params, adapters(params, parts, None, exact), change)
 
     def auxiliary(params: Any, tree: Any, outputs: Any, inputs: Any) -> jax.Array:
-        del params
-        return generator.auxiliary(tree, outputs, inputs)
+        seen = outputs if generator.instances == "outputs" else base(params, **inputs)
+        return generator.auxiliary(tree, seen, inputs)
 
     return Adapted(
         init=init,

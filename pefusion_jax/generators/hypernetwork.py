@@ -15,6 +15,7 @@ from pefusion_jax.generators import contrastive
 from pefusion_jax.generators.layout import Layout
 
 _EPSILON = 1e-6  # of the code's normalisation
+_TUNED = {"all": ("tasks", "kinds", "learned", "retriever"), "hypernetwork": ("tasks", "kinds"), "prototypes": ("tasks",)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,10 @@ class HyperNetwork:
       retriever: widths of the retriever :math:`z = W_2\, \mathrm{relu}(W_1 \bar h + w_1) + w_2`, whose last is ``task_size``;
         empty for none. With it the tasks' embeddings are prototypes, and two losses are added to training.
       features: length of :math:`\bar h`, the mean of the encoder's last hidden states; needed with a retriever.
+      instances: whose hidden states these are: ``"outputs"``, the adapted model's, or ``"base"``, the base model's, at the cost
+        of its forward pass. Where the encoder's own adapters are made for each task the first would tell the task that it is to
+        find.
+      tune: what is trained: ``"all"``, ``"hypernetwork"`` (with the tasks' embeddings), or ``"prototypes"`` (these alone).
       temperature: of both losses.
       weight: of either loss; 0 trains without them.
 
@@ -65,6 +70,8 @@ class HyperNetwork:
     learned: str = r"(?!)"
     retriever: tuple[int, ...] = ()
     features: int = 0
+    instances: Literal["outputs", "base"] = "outputs"
+    tune: Literal["all", "hypernetwork", "prototypes"] = "all"
     temperature: float = 0.1
     weight: float = 0.1
 
@@ -76,8 +83,9 @@ class HyperNetwork:
         for name in ("task_size", "layer_size", "hidden", "code"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.start not in ("fan-in", "normal"):
-            raise ValueError(f"start={self.start!r} must be 'fan-in' or 'normal'")
+        for name, known in (("start", ("fan-in", "normal")), ("instances", ("outputs", "base")), ("tune", tuple(_TUNED))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, known))}")
         if self.retriever:
             if len(self.retriever) != 2 or self.retriever[-1] != self.task_size:
                 raise ValueError(f"retriever={self.retriever} must be two widths, the last task_size={self.task_size}")
@@ -218,12 +226,13 @@ class HyperNetwork:
         return {**layout.spread(made), **trees.flat(tree.get("learned", {}))}
 
     def trained(self, tree: Any) -> dict[str, Any]:
-        """All of it; the retriever only where the losses that teach it are on."""
-        return trees.nest(trees.flat(tree)) if self.contrasts else self.moving(tree)
+        """What ``tune`` says; the retriever only where the losses that teach it are on."""
+        kept = _TUNED[self.tune] if self.contrasts else tuple(name for name in _TUNED[self.tune] if name != "retriever")
+        return {name: part for name, part in trees.nest(trees.flat(tree)).items() if name in kept}
 
     def moving(self, tree: Any) -> dict[str, Any]:
-        """What can change the adapters: all but the retriever."""
-        return trees.nest({p: leaf for p, leaf in trees.flat(tree).items() if not p.startswith("retriever/")})
+        """What can change the adapters: all that is trained but the retriever."""
+        return {name: part for name, part in self.trained(tree).items() if name != "retriever"}
 
     # ------------------------------------------------------------------------------------------------------- prototypes
 
@@ -256,8 +265,9 @@ class HyperNetwork:
 def pha(tasks: Any, features: int, *, learned: str = r"(?!)", bottleneck_code: int = 64, **settings: Any) -> HyperNetwork:
     """Prototype-based HyperAdapter: prototypes of length 64, a retriever 128 wide, layer embeddings, the two losses at 0.1.
 
-    Meant for parallel bottleneck adapters beside the feed-forward layers. On an encoder-decoder, as released, the decoder's
-    adapters are made and the encoder's learned: ``learned=r"encoder/.*"``. On an encoder all are made.
+    Meant for parallel bottleneck adapters beside the feed-forward layers, ``pf.parallel(bottleneck=64, scale=1.0,
+    init="xavier")``. On an encoder-decoder, as released, the decoder's adapters are made and the encoder's learned:
+    ``learned=r"encoder/.*"``. On an encoder all are made: ``instances="base"``.
 
     Args:
       tasks: names of the tasks.

@@ -29,6 +29,7 @@ class PerTask:
     shared: str = r"(?!)"
 
     contrasts: ClassVar[bool] = False
+    instances: ClassVar[str] = "outputs"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))

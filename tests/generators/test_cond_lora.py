@@ -74,9 +74,8 @@ def test_start_is_the_base_model_and_draws_within_the_bound(bert):
     for orientation in ("paper", "official"):
         made = generated(model, orientation)
         theta = made.init(jax.random.key(0), params, IDS)
-        np.testing.assert_array_equal(
-            made.apply(params, theta, IDS).last_hidden_state, made.base(params, IDS).last_hidden_state
-        )
+        apply, base = jax.jit(made.apply), jax.jit(made.base)
+        np.testing.assert_array_equal(apply(params, theta, IDS).last_hidden_state, base(params, IDS).last_hidden_state)
         flat = trees.paths(theta)
         assert not any(np.any(leaf) for path, leaf in flat.items() if path.endswith("theta_b"))
         first = np.concatenate([np.ravel(leaf) for path, leaf in flat.items() if path.endswith("theta_a")])
@@ -94,9 +93,8 @@ def test_kernels_that_are_not_square(bert):
     assert shapes["encoder/layer/*/intermediate/dense/theta_a"] == (20, 4)
     assert shapes["encoder/layer/*/intermediate/dense/theta_b"] == (12, 4)
     folded = pf.fold(params, made.deltas(params, drawn(theta)))
-    np.testing.assert_allclose(
-        made.base(folded, IDS).last_hidden_state, made.apply(params, drawn(theta), IDS).last_hidden_state, atol=2e-5
-    )
+    expected = jax.jit(made.apply)(params, drawn(theta), IDS).last_hidden_state
+    np.testing.assert_allclose(jax.jit(made.base)(folded, IDS).last_hidden_state, expected, atol=2e-5)
     with pytest.raises(ValueError, match="12 x 20; orientation='official' needs square"):
         generated(model, "official", targets).init(jax.random.key(0), params, IDS)
 
