@@ -22,7 +22,7 @@ class Row(NamedTuple):
     ``linear_forward``, ``linear_gradient``: bounds on FLOPs of the network linearization in base forwards.
     ``folds``: false for methods that are no change of the weights, for which the tests of folding expect the error.
     ``model``: ``layout -> `` what the method is checked in. ``layouts``: those in which every guarantee is checked; that all
-    layouts agree is checked for every method.
+    layouts agree is checked for every method. ``variant``: other settings of a method above, whose steps need no devices.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Row(NamedTuple):
     folds: bool = True
     model: Callable[[str], Any] = Encoder
     layouts: tuple[str, ...] = ("loop", "remat", "scan")
+    variant: bool = False
 
 
 class TappedBlock(nn.Module):
@@ -78,8 +79,16 @@ METHODS = [
             alpha_pattern={r".*(up|down)": 8.0},
         ),
         zero_gradient=r".*lora_a",
+        layouts=("scan",),
+        variant=True,
     ),
-    Row("lora_frozen_a", lambda t: pf.LoRA(rank=2, targets=t or LAYERS, freeze_a=True), zero_gradient=r".*lora_a"),
+    Row(
+        "lora_frozen_a",
+        lambda t: pf.LoRA(rank=2, targets=t or LAYERS, freeze_a=True),
+        zero_gradient=r".*lora_a",
+        layouts=("remat",),
+        variant=True,
+    ),
     # A change of the weights themselves has a dense tangent: x dW is a second product in each layer.
     Row(
         "full",
@@ -105,6 +114,7 @@ METHODS = [
         folds=False,
         model=Tapped,
         layouts=("scan",),
+        variant=True,
     ),
 ]
 LAYOUTS = ["loop", "remat", "scan"]

@@ -167,6 +167,8 @@ ROWS = [
     ),
 ]
 NAMES = [row.name for row in ROWS]
+# One family of each kind of block; the others' layouts are compared in tests/backbones.
+DISTINCT = ["BERT", "MPNet", "DINOv2", "CLIP text", "CLIP vision", "T5", "Llama"]
 
 
 class Family(NamedTuple):

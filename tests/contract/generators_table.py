@@ -45,7 +45,7 @@ GENERATORS = [
     Row("per_task", LORA, generators.PerTask(tasks=TASKS, shared=r".*/value/.*"), zero_gradient=r".*lora_a"),
     Row("task_embeddings", LORA, generators.task_embeddings(TASKS), start=1e-3),
     Row("pha", PARALLEL, generators.pha(TASKS, features=8, learned=r".*_bias"), start=1e-3, zero_gradient=r"retriever/.*"),
-    Row("hyperformer", HOULSBY, generators.hyperformer(TASKS), start=2.0),
+    Row("hyperformer", PARALLEL, generators.hyperformer(TASKS), start=2.0),
     Row("hyperformer_plus_plus", HOULSBY, generators.hyperformer_plus_plus(TASKS), start=2.0),
 ]
 LAYOUTS = ["loop", "scan"]

@@ -289,6 +289,7 @@ def test_adapters_survive_a_save_bit_for_bit(loop, mode, tmp_path):
     np.testing.assert_array_equal(jit(adapted.apply)(loop.params, loaded, loop.ids), applied)
 
 
+@pytest.mark.parametrize("name", [row.name for row in METHODS if not row.variant])
 @pytest.mark.parametrize("mode", [None, "network"])
 def test_eight_devices_equal_one_and_only_adapters_cross_the_wire(loop, mode):
     adapted = loop.adapted if mode is None else expansion(loop, "start", mode)

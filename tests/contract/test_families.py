@@ -48,7 +48,7 @@ def test_the_table_has_every_family_and_every_capability():
 
 @functools.cache
 def losses(name):
-    """Value and gradient of a scalar of the outputs in the loop, remat and scan layouts, each compiled once."""
+    """Value and gradient of a scalar of the outputs in the loop, remat and scan layouts, each compiled when first called."""
     made, (_, adapters) = families.family(name), capabilities.lora(name)
     found = {}
     for layout, options in (("loop", {}), ("remat", {"remat": True}), ("scan", {"scan_layers": True})):
@@ -63,6 +63,7 @@ def losses(name):
     return found
 
 
+@pytest.mark.parametrize("name", families.DISTINCT)
 def test_loop_equals_remat_equals_scan(name):
     results = {layout: fn(tree, params) for layout, (fn, tree, params) in losses(name).items()}
     value, gradient = results["loop"]
@@ -154,10 +155,9 @@ def two_logits(params, features):
     return features[:, :2]
 
 
+@pytest.mark.parametrize("name", families.DISTINCT)
 def test_eight_devices_equal_one_and_only_adapters_cross_the_wire(name):
     """A step of the network linearization; plain LoRA takes the same path in ``test_contract.py``."""
-    if name == "CLIP":
-        name = "CLIP vision"  # logits of all pairs of a batch are no function of one example
     made, (_, adapters) = families.family(name), capabilities.lora(name)
     plain = pf.adapt(made.model.clone(scan_layers=True), pf.LoRA(rank=3, alpha=6, targets=made.row.targets))
     params = stack_layers(made.params)
