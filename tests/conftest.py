@@ -9,9 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads of LAPACK and of torch wait actively: beside a second test process they make a thing take many times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Most of the time goes into compiling thousands of small programs once: a quarter less with LLVM's optimizations off. What XLA
-# itself does to a program is the same.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the time goes into compiling thousands of small programs once: much less with LLVM's optimizations off and with the
+# plain code generator for fused loops. What XLA itself does to a program is the same.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 from pathlib import Path
 
