@@ -136,7 +136,8 @@ def test_the_pooled_token_is_the_highest_id_or_the_first_end_of_text(folder):
     for variant, end in (("text", [3, 2, 5]), ("text, later eos", [3, 1, 5])):
         model, params = load_pretrained(folder(variant))
         got = jax.jit(model.apply)({"params": params}, IDS, MASK)
-        np.testing.assert_array_equal(got.pooler_output, got.last_hidden_state[np.arange(3), np.array(end)])
+        # Two outputs of one program, each of which XLA may fuse, and so round, in its own way.
+        np.testing.assert_allclose(got.pooler_output, got.last_hidden_state[np.arange(3), np.array(end)], rtol=0, atol=1e-6)
 
 
 def test_text_is_causal_and_takes_positions_and_masks(folder):
