@@ -15,10 +15,11 @@ them. So ``nn.scan(variable_axes={"params": 0})`` slices them and ``nn.remat`` p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,50 +28,20 @@ import jax.numpy as jnp
 from pefusion_jax import trees
 from pefusion_jax.deltas import Delta, fold
 from pefusion_jax.layers import Layer, describe, input_of
-
-Leaves = dict[str, jax.Array]
-
-
-class Method(Protocol):
-    """What ``adapt`` asks of an adapter method; see ``pefusion_jax.methods`` for those that exist.
-
-    ``acts_on == "layers"``: rules address modules, ``branch`` computes what is added to the layer's output, and ``names``
-    are the names of its leaves. ``acts_on == "parameters"``: rules address parameters, the change of each is added before
-    the model runs, and ``owns`` says which parameter a leaf belongs to. ``stochastic``: whether ``branch`` needs a random
-    key in training.
-
-    A method may also have ``taps = True``: its rules address taps too (``backbones.Tap``), which no other method sees; and
-    ``folds = False``: its branch is no change of weights, and ``change`` always raises.
-    """
-
-    targets: str
-    acts_on: str
-    stochastic: bool
-    names: tuple[str, ...]
-
-    def leaves(self, site: Any) -> dict[str, tuple[Callable[..., jax.Array], tuple[int, ...]]]:
-        """Leaf name -> (initialiser ``(key, shape, dtype) -> array``, shape), for a layer or a parameter."""
-        ...
-
-    def owns(self, leaf: str) -> str:
-        """Name of the parameter that a leaf changes, or the empty string if the leaf is not of this method."""
-        ...
-
-    def branch(self, layer: Layer, leaves: Leaves, x: Any, y: jax.Array, key: jax.Array | None) -> jax.Array:
-        """What is added to the layer's output ``y`` at input ``x``; ``key`` is ``None`` where nothing is random."""
-        ...
-
-    def change(self, path: str, leaves: Leaves, weights: Mapping[str, jax.Array]) -> dict[str, Any]:
-        """Parameter name -> its weight-space change, or a ValueError that says why there is none."""
-        ...
-
-    def trained(self, leaves: Leaves) -> tuple[str, ...]:
-        """Names of the leaves that are trained."""
-        ...
-
-    def moving(self, leaves: Leaves) -> tuple[str, ...]:
-        """Names of the trained leaves whose derivative does not vanish identically at ``leaves``."""
-        ...
+from pefusion_jax.rules import (
+    Leaves,
+    Method,
+    around,
+    check_called,
+    check_paths,
+    first,
+    join,
+    owner_on_layers,
+    refuse_taken,
+    sees,
+    sites,
+    unmatched,
+)
 
 
 class Expansions(NamedTuple):
@@ -193,15 +164,15 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
         tree = _init_layers(model, on_layers, key, params, inputs, kwargs) if on_layers else {}
         parameters = trees.flat(_collections(params)["params"])
         for rule in on_parameters:
-            matched = [path for path in parameters if _first(on_parameters, path) is rule]
+            matched = [path for path in parameters if first(on_parameters, path) is rule]
             if not matched:
-                raise ValueError(_unmatched(rule, parameters, "parameter"))
+                raise ValueError(unmatched(rule, parameters, "parameter"))
         for path, weight in parameters.items():
-            rule = _first(on_parameters, path)
+            rule = first(on_parameters, path)
             if rule is not None:
                 site = path.rpartition("/")[0]
-                leaves = {_join(site, name): how for name, how in rule.leaves((path, weight)).items()}
-                _refuse_taken(leaves, parameters)
+                leaves = {join(site, name): how for name, how in rule.leaves((path, weight)).items()}
+                refuse_taken(leaves, parameters)
                 made = {
                     # A key of its own for each leaf, whatever else is adapted.
                     leaf: make(jax.random.fold_in(key, zlib.crc32(leaf.encode())), shape, jnp.float32)
@@ -216,22 +187,23 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
     def expand(branch: Callable[..., Any], change: Callable[..., Any], exact: bool = False) -> Callable[..., Any]:
         def forward(params: Any, parts: Sequence[Any], *inputs: Any, rngs: Any = None, **kwargs: Any) -> Any:
             variables = _collections(params)
-            _check_paths(parts, variables["params"], on_layers)
+            check_paths(parts, variables["params"], on_layers)
             edited = {"params": variables["params"]}
-            for rule, site, leaves, weights in _sites(on_parameters, parts, variables["params"], parameters=True):
+            for rule, site, leaves, weights in sites(on_parameters, parts, variables["params"], parameters=True):
                 named = change(rule, site, leaves, weights)
                 # Not fold(): that accepts collections too, and the tree of a model may have a module named "params".
-                edited = fold(edited, Delta({_join(site, name): value for name, value in named.items()}))
+                edited = fold(edited, Delta({join(site, name): value for name, value in named.items()}))
             weights = trees.flat(edited["params"])
             for part, suffix in zip(parts, _suffixes(len(parts)), strict=True):
                 for path, leaf in trees.flat(part).items():
-                    if _owner(on_layers, path) is not None:
+                    if owner_on_layers(on_layers, path) is not None:
                         weights[path + suffix] = leaf
             merged = {**variables, "params": trees.nest(weights)}
             called: set[str] = set()
+            call = around(rules, functools.partial(model.apply, merged, **({} if rngs is None else {"rngs": rngs})))
             with nn.intercept_methods(_interceptor(on_layers, branch, len(parts), rngs is not None, called)):
-                outputs = model.apply(merged, *inputs, **({} if rngs is None else {"rngs": rngs}), **kwargs)
-            _check_called(parts, variables["params"], called)
+                outputs = call(*inputs, **kwargs)
+            check_called(parts, variables["params"], called)
             return outputs
 
         return forward
@@ -249,12 +221,12 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
 
     def changes(params: Any, parts: Sequence[Any], change: Callable[..., Any], exact: bool = False) -> Delta:
         weights = _collections(params)["params"]
-        _check_paths(parts, weights, on_layers)
+        check_paths(parts, weights, on_layers)
         found: dict[str, Any] = {}
         for kind, rules_of_kind in (("layers", on_layers), ("parameters", on_parameters)):
-            for rule, site, leaves, here in _sites(rules_of_kind, parts, weights, parameters=kind == "parameters"):
+            for rule, site, leaves, here in sites(rules_of_kind, parts, weights, parameters=kind == "parameters"):
                 for name, value in change(rule, site, leaves, here).items():
-                    path = _join(site, name)
+                    path = join(site, name)
                     if path in found:
                         raise ValueError(
                             f"two methods change the parameter {path!r}; narrow the targets of one of them so that the "
@@ -270,8 +242,8 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
         def pick(adapters: Any) -> Any:
             keep: dict[str, Any] = {}
             for acting, parameters in ((on_layers, False), (on_parameters, True)):
-                for rule, site, (leaves,), _ in _sites(acting, (adapters,), None, parameters=parameters):
-                    keep |= {_join(site, name): leaves[name] for name in names(rule, leaves)}
+                for rule, site, (leaves,), _ in sites(acting, (adapters,), None, parameters=parameters):
+                    keep |= {join(site, name): leaves[name] for name in names(rule, leaves)}
             return trees.nest(keep)
 
         return pick
@@ -300,109 +272,9 @@ def _collections(params: Any) -> dict[str, Any]:
     return {"params": params}
 
 
-def _join(site: str, name: str) -> str:
-    return f"{site}/{name}" if site else name
-
-
 def _suffixes(count: int) -> list[str]:
     """Names under which the leaves of the first, second, ... adapter tree travel through the model."""
     return ["", *(f"__part{i}" for i in range(1, count))]
-
-
-def _first(rules: Sequence[Method], path: str) -> Any:
-    return next((rule for rule in rules if re.fullmatch(rule.targets, path)), None)
-
-
-def owner(rules: Sequence[Method], path: str) -> Any:
-    """The method that an adapter leaf belongs to, or ``None``."""
-    site, _, name = path.rpartition("/")
-    on_layers = [rule for rule in rules if rule.acts_on == "layers"]
-    on_parameters = [rule for rule in rules if rule.acts_on == "parameters"]
-    of_parameters = (r for r in on_parameters if r.owns(name) and _first(on_parameters, _join(site, r.owns(name))) is r)
-    return _owner(on_layers, path) or next(of_parameters, None)
-
-
-def _owner(rules: Sequence[Method], path: str) -> Any:
-    """The method on layers that a leaf belongs to: its site is matched and its name is one of the method's."""
-    site, _, name = path.rpartition("/")
-    # Where the site is a tap, a method before it may match the path and not see the tap.
-    return _first([rule for rule in rules if name in rule.names], site)
-
-
-def _sees(rule: Any, layer: Layer) -> bool:
-    return bool(layer.kernel) or getattr(rule, "taps", False)
-
-
-def _sites(rules: Sequence[Method], parts: Sequence[Any], params: Any, *, parameters: bool) -> Any:
-    """Yields (method, site path, leaves of each part, base weights of the site) for every site in adapter trees."""
-    grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for index, part in enumerate(parts):
-        for path, leaf in trees.flat(part).items():
-            site, _, name = path.rpartition("/")
-            if parameters:
-                rule = next((r for r in rules if r.owns(name) and _first(rules, _join(site, r.owns(name))) is r), None)
-            else:
-                rule = _owner(rules, path)
-            if rule is not None:
-                slot = grouped.setdefault((site, rules.index(rule)), [{} for _ in parts])
-                slot[index][name] = leaf
-    weights = {} if params is None else trees.flat(params)
-    for (site, rule_index), leaves in grouped.items():
-        prefix = site + "/" if site else ""
-        here = {
-            path[len(prefix) :]: w for path, w in weights.items() if path.startswith(prefix) and "/" not in path[len(prefix) :]
-        }
-        yield rules[rule_index], site, tuple(leaves), here
-
-
-def _check_paths(parts: Sequence[Any], params: Mapping[str, Any], rules: Sequence[Method]) -> None:
-    """Linen ignores variables that no module asks for, so a misspelled adapter path would be silent without this."""
-    modules = {path.rpartition("/")[0] for path in trees.flat(params)}
-    around = {"", *modules}
-    for module in modules:
-        around |= {module[:place] for place, letter in enumerate(module) if letter == "/"}
-    for part in parts:
-        for path in trees.flat(part):
-            site = path.rpartition("/")[0]
-            # A tap has no parameters, but the module that it stands in has; whether it exists, the forward pass shows.
-            tap = site.rpartition("/")[0] in around and getattr(_owner(rules, path), "taps", False)
-            if site not in modules and not tap:
-                raise ValueError(_unknown(path, modules))
-
-
-def _check_called(parts: Sequence[Any], params: Mapping[str, Any], called: set[str]) -> None:
-    """Finds leaves of taps that are not there. Where the module around a tap was not called either, nothing can be said."""
-    modules = {path.rpartition("/")[0] for path in trees.flat(params)}
-    for part in parts:
-        for path in trees.flat(part):
-            site = path.rpartition("/")[0]
-            if site not in modules and site not in called and site.rpartition("/")[0] in called:
-                raise ValueError(_unknown(path, called))
-
-
-def _unknown(path: str, modules: Iterable[str]) -> str:
-    return (
-        f"the adapters have a leaf {path!r} but the base parameters have no such module"
-        f"{trees.did_you_mean(path.rpartition('/')[0], modules)}; were they made for another model?"
-    )
-
-
-def _refuse_taken(leaves: Iterable[str], parameters: Mapping[str, Any]) -> None:
-    """An adapter leaf travels beside the base's parameters, so it must not have the name of one."""
-    for path in leaves:
-        if path in parameters:
-            raise ValueError(
-                f"the base model has a parameter {path!r}, the name of an adapter leaf: it is adapted already; fold its "
-                "adapters into the weights, or rename the parameter"
-            )
-
-
-def _unmatched(rule: Method, known: Any, what: str) -> str:
-    plain = re.sub(r"\\.|[\\^$*+?{}()|\[\].]", "", rule.targets.split("|")[0])
-    return (
-        f"targets={rule.targets!r} matches no {what} that {type(rule).__name__} can adapt"
-        f"{trees.did_you_mean(plain, known)}. The whole path must match: r'.*/name' matches at any depth"
-    )
 
 
 def _init_layers(
@@ -418,12 +290,12 @@ def _init_layers(
         if layer is None:
             return y
         seen[layer.path] = layer
-        rule = _first([rule for rule in rules if _sees(rule, layer)], layer.path)
+        rule = first([rule for rule in rules if sees(rule, layer)], layer.path)
         if rule is not None:
             matched.add(rules.index(rule))
             module = context.module
             leaves = rule.leaves(layer)
-            _refuse_taken([_join(layer.path, name) for name in leaves], taken)
+            refuse_taken([join(layer.path, name) for name in leaves], taken)
             for name, (make, shape) in leaves.items():
                 if not module.has_variable("params", name):
                     module.put_variable("params", name, make(module.make_rng("params"), shape, jnp.float32))
@@ -439,21 +311,28 @@ def _init_layers(
         given = iter(arrays)
         leaves = [next(given) if array else leaf for leaf, array in zip(flat_inputs, is_array, strict=True)]
         args, call_kwargs = jax.tree.unflatten(structure, leaves)
+        after: dict[str, Any] = {}
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outputs, made = model.apply(variables, *args, rngs={"params": key}, mutable=["params"], **kwargs)
+            after.update(trees.flat(made["params"]))
+            return outputs
+
         with nn.intercept_methods(create):
-            _, after = model.apply(variables, *args, rngs={"params": key}, mutable=["params"], **call_kwargs)
-        return {path: leaf for path, leaf in trees.flat(after["params"]).items() if path not in taken}
+            around(rules, call)(*args, **call_kwargs)
+        return {path: leaf for path, leaf in after.items() if path not in taken}
 
     created = run(key, variables, [leaf for leaf, array in zip(flat_inputs, is_array, strict=True) if array])
     for index, rule in enumerate(rules):
         if index not in matched:
-            own = [path for path, layer in seen.items() if _sees(rule, layer)]
+            own = [path for path, layer in seen.items() if sees(rule, layer)]
             tap = next((path for path in seen if path not in own and re.fullmatch(rule.targets, path)), None)
             if tap is not None:
                 raise ValueError(
                     f"targets={rule.targets!r} matches {tap!r}, a tap: an activation without a weight, which "
                     f"{type(rule).__name__} cannot adapt; aim at a layer, or use a method for taps, such as Bottleneck"
                 )
-            raise ValueError(_unmatched(rule, own, "layer"))
+            raise ValueError(unmatched(rule, own, "layer"))
     return trees.nest(created)
 
 
@@ -466,7 +345,7 @@ def _interceptor(
         y = next_fn(*args, **kwargs)
         called.add("/".join(context.module.path))
         layer = describe(context.module, context.method_name, args, kwargs)
-        rule = _first([rule for rule in rules if _sees(rule, layer)], layer.path) if layer is not None else None
+        rule = first([rule for rule in rules if sees(rule, layer)], layer.path) if layer is not None else None
         if layer is None or rule is None:
             return y
         module = context.module

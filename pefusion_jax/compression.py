@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pefusion_jax import trees
 from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.deltas import Change, Delta, LowRank
-from pefusion_jax.fusion.layerwise import stacked_layers
+from pefusion_jax.layerwise import stacked_layers
 from pefusion_jax.methods.lora import LoRA
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from pefusion_jax import files
 from pefusion_jax.fusion import streamed
 from pefusion_jax.fusion.combine import fuse
+from pefusion_jax.fusion.parts import Fusion
 from pefusion_jax.fusion.recipe import Recipe, read_recipe
-from pefusion_jax.fusion.streamed import CHUNK
+from pefusion_jax.fusion.streamed import CHUNK, Job
 from pefusion_jax.interop import manifest, saving
 from pefusion_jax.interop.card import model_card
 from pefusion_jax.interop.headers import WeightFileError
@@ -236,29 +237,27 @@ class _Reading:
         if job is None:
             return np.array(piece.arrays[0])
         if job.whole is not None:
-            return self._whole(piece)
+            return self._whole(piece, job, job.whole)
         if ties is not None:
             out, finite = ties(piece.start, piece.entries, piece.arrays, tensor.dtype)
-        elif job.coefficients is not None:
+        elif job.elementwise is not None:
+            out, finite = streamed.elementwise(piece.arrays, method=job.elementwise, based=job.based, dtype=tensor.dtype)
+        else:
             coefficients = np.asarray(job.coefficients, np.float32)
             out, finite = streamed.linear(piece.arrays, coefficients, based=job.based, dtype=tensor.dtype)
-        else:
-            assert job.elementwise is not None
-            out, finite = streamed.elementwise(piece.arrays, method=job.elementwise, based=job.based, dtype=tensor.dtype)
         if not finite:
             self._refuse(piece)
         return np.asarray(out)
 
-    def _whole(self, piece: _Piece) -> np.ndarray:
-        tensor, job = piece.tensor, piece.tensor.job
-        assert job is not None and job.whole is not None
+    def _whole(self, piece: _Piece, job: Job, method: Fusion) -> np.ndarray:
+        tensor = piece.tensor
         path, to_ours, back = _orientation(tensor)
         wide = [jnp.asarray(array.reshape(tensor.shape)).astype(jnp.float32) for array in piece.arrays]
         base = wide.pop(0) if job.based else None
         vectors = [to_ours(array if base is None else array - base) for array in wide]
         if not all(bool(jnp.all(jnp.isfinite(vector))) for vector in vectors):
             self._refuse(piece)
-        change = back(fuse(job.whole, [{path: vector} for vector in vectors], stacks=())[path])
+        change = back(fuse(method, [{path: vector} for vector in vectors], stacks=())[path])
         out = (change if base is None else base + change).astype(tensor.dtype)
         if not bool(jnp.all(jnp.isfinite(out))):
             self._refuse(piece)

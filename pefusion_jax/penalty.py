@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.deltas import LowRank, dense
-from pefusion_jax.fusion.layerwise import separate, stacked_layers
+from pefusion_jax.layerwise import separate, stacked_layers
 from pefusion_jax.moments import Moments, Spectral, Statistics, dense_moment, moment_trace, times, times_right
 
 Penalty = tuple[Callable[..., jax.Array], Any]

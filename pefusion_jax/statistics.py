@@ -22,8 +22,8 @@ from pefusion_jax import trees
 from pefusion_jax.adapt import Adapted, adapt
 from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.deltas import Delta, LowRank, fold
-from pefusion_jax.fusion.layerwise import separate, stacked_layers
 from pefusion_jax.layers import Layer
+from pefusion_jax.layerwise import separate, stacked_layers
 from pefusion_jax.moments import Moments, Statistics, diagonal_moment
 from pefusion_jax.tasks.task import Batch, Head, Task, eval_batches, task_number, train_batch
 

@@ -19,8 +19,8 @@ from pefusion_jax import trees as tree_tools
 from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.deltas import Delta, LowRank
 from pefusion_jax.evaluation.analysis import table, write_table
-from pefusion_jax.fusion.layerwise import separate, stacked_layers
 from pefusion_jax.fusion.parts import trim
+from pefusion_jax.layerwise import separate, stacked_layers
 
 Vectors = Mapping[str, Any]
 

@@ -12,8 +12,8 @@ from pefusion_jax import trees
 from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.evaluation.sweep import Cached, cache_outputs
 from pefusion_jax.fusion.grouped import by_layer, per_group
-from pefusion_jax.fusion.layerwise import join, separate, stacked_layers
 from pefusion_jax.fusion.parts import Fusion
+from pefusion_jax.layerwise import join, separate, stacked_layers
 from pefusion_jax.tasks.task import Task
 
 

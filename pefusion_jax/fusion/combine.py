@@ -14,8 +14,8 @@ from pefusion_jax import trees as tree_tools
 from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.deltas import Delta, LowRank
 from pefusion_jax.fusion.elementwise import require_tasks
-from pefusion_jax.fusion.layerwise import join, separate, stacked_layers
 from pefusion_jax.fusion.parts import Fusion
+from pefusion_jax.layerwise import join, separate, stacked_layers
 
 Tree = Any
 
@@ -61,7 +61,7 @@ def fuse(
       params: that model's base parameters; only with ``adapted``.
       space: where the arithmetic happens; see above.
       init: the adapters that all tasks started from; only for ``space="adapter"``.
-      stacks: names of the nodes whose leaves may be stacked layers (see ``fusion.layerwise``); ``()`` for none.
+      stacks: names of the nodes whose leaves may be stacked layers (see ``layerwise``); ``()`` for none.
 
     Returns:
       A tree of the given structure, shapes and dtypes, or a Delta.

@@ -12,9 +12,9 @@ from pefusion_jax import trees as tree_tools
 from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.fusion.combine import fuse
 from pefusion_jax.fusion.elementwise import ties, weighted_average
-from pefusion_jax.fusion.layerwise import join, separate, stacked_layers
 from pefusion_jax.fusion.masked import dare, magnitude_prune
 from pefusion_jax.fusion.parts import Fusion
+from pefusion_jax.layerwise import join, separate, stacked_layers
 
 Tree = Any
 Combination = Literal[

@@ -13,7 +13,7 @@ import numpy as np
 from pefusion_jax import trees
 from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.deltas import Delta
-from pefusion_jax.fusion.layerwise import join
+from pefusion_jax.layerwise import join
 from pefusion_jax.tasks.task import Batch, Task, inputs_for, task_number
 
 

@@ -10,9 +10,9 @@ import jax
 from pefusion_jax import trees
 from pefusion_jax.deltas import Change, Delta
 from pefusion_jax.fusion.closed_form import regmean
-from pefusion_jax.fusion.layerwise import join
 from pefusion_jax.fusion.matching import averaged, check, fusion_of, require, scaled, unbound
 from pefusion_jax.fusion.parts import Changes, Fusion
+from pefusion_jax.layerwise import join
 
 
 def regmean_pp(

@@ -48,8 +48,6 @@ class CondLoRA:
     orientation: Literal["paper", "official"] = "paper"
 
     tasks: ClassVar[tuple[str, ...]] = ()
-    contrasts: ClassVar[bool] = False
-    instances: ClassVar[str] = "outputs"
 
     def __post_init__(self) -> None:
         if self.orientation not in ("paper", "official"):
@@ -130,7 +128,3 @@ class CondLoRA:
             if path.endswith("/theta_b") and not isinstance(leaf, jax.core.Tracer) and not np.any(np.asarray(leaf))
         }
         return trees.nest({p: leaf for p, leaf in flat.items() if p.endswith("/theta_b") or p.rpartition("/")[0] not in still})
-
-    def auxiliary(self, tree: Any, outputs: Any, inputs: Any) -> jax.Array:
-        """None."""
-        raise NotImplementedError("CondLoRA has no auxiliary loss")

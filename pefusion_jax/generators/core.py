@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pefusion_jax import trees
-from pefusion_jax.adapt import Adapted, Expansions, owner
+from pefusion_jax.adapt import Adapted, Expansions
 from pefusion_jax.deltas import Delta
 from pefusion_jax.generators.layout import Layout, layout_of
+from pefusion_jax.rules import owner
 
 Flat = dict[str, Any]
 
@@ -23,18 +24,12 @@ class Generator(Protocol):
     """What :func:`generate` asks of a generator: a frozen dataclass with pure functions.
 
     ``tasks``: names of the tasks that it makes different adapters for, in order; empty if it makes one set of adapters.
-    ``contrasts``: whether it has an ``auxiliary`` loss, and ``instances`` whose outputs that sees: ``"outputs"`` of the
-    generated model, or ``"base"`` for those of the model without adapters.
+    It may also have ``auxiliary``, a loss beside the tasks' own, or ``None``: ``(tree, outputs, inputs, base) -> []``, where
+    ``inputs`` have the entry ``task`` and ``base()`` runs the model without adapters on them.
     """
 
     @property
     def tasks(self) -> tuple[str, ...]: ...
-
-    @property
-    def contrasts(self) -> bool: ...
-
-    @property
-    def instances(self) -> str: ...
 
     def init(self, key: jax.Array, adapters: Flat, params: Flat, layout: Layout) -> dict[str, Any]:
         """A tree for adapters with these paths and shapes; float32, nested."""
@@ -50,10 +45,6 @@ class Generator(Protocol):
 
     def moving(self, tree: Any) -> dict[str, Any]:
         """The trained leaves whose derivative does not vanish identically at ``tree``."""
-        ...
-
-    def auxiliary(self, tree: Any, outputs: Any, inputs: Any) -> jax.Array:
-        """A loss beside the tasks' own; ``inputs`` have the entry ``task``."""
         ...
 
 
@@ -92,6 +83,7 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         raise ValueError("the model does not say which methods it was adapted with; pass what adapt() returned")
     methods = adapted.origin.methods
     inner = adapted.expand
+    loss = getattr(generator, "auxiliary", None)
 
     def described(params: Any) -> tuple[Flat, Layout]:
         base = params["params"] if isinstance(params.get("params"), Mapping) else params
@@ -210,8 +202,7 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         return inner.changes(params, adapters(params, parts, None, exact), change)
 
     def auxiliary(params: Any, tree: Any, outputs: Any, inputs: Any) -> jax.Array:
-        seen = outputs if generator.instances == "outputs" else base(params, **inputs)
-        return generator.auxiliary(tree, seen, inputs)
+        return loss(tree, outputs, inputs, lambda: base(params, **inputs))  # type: ignore[misc]
 
     return Adapted(
         init=init,
@@ -227,7 +218,7 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         origin=dataclasses.replace(adapted.origin, generator=generator, inner=adapted),
         tasks=generator.tasks,
         materialise=materialise,
-        auxiliary=auxiliary if generator.contrasts else None,
+        auxiliary=None if loss is None else auxiliary,
     )
 
 

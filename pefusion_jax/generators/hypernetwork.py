@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -243,7 +244,12 @@ class HyperNetwork:
         middle = jax.nn.relu(_apply(tree["retriever"]["in"], features.astype(jnp.float32)))
         return _apply(tree["retriever"]["out"], middle)
 
-    def auxiliary(self, tree: Any, outputs: Any, inputs: Any) -> jax.Array:
+    @property
+    def auxiliary(self) -> Callable[..., jax.Array] | None:
+        """The contrastive losses, if they are on."""
+        return self._contrast if self.contrasts else None
+
+    def _contrast(self, tree: Any, outputs: Any, inputs: Any, base: Callable[[], Any]) -> jax.Array:
         """``weight * (instance loss + prototype loss)``.
 
         Raises:
@@ -255,14 +261,15 @@ class HyperNetwork:
                 "the contrastive losses need instances of two or more tasks in a batch, and this one has a single task: train "
                 "with finetune_together(groups=2 or more), or without the losses: dataclasses.replace(generator, weight=0.0)"
             )
-        z = self.retrieve(tree, contrastive.instance_features(outputs, inputs))
+        seen = outputs if self.instances == "outputs" else base()
+        z = self.retrieve(tree, contrastive.instance_features(seen, inputs))
         rows = jnp.repeat(ids, z.shape[0] // ids.shape[0])
         apart = contrastive.instance_loss(z, rows, self.temperature)
         around = contrastive.prototype_loss(z, tree["tasks"], rows, self.temperature)
         return jnp.float32(self.weight) * (apart + around)
 
 
-def pha(tasks: Any, features: int, *, learned: str = r"(?!)", bottleneck_code: int = 64, **settings: Any) -> HyperNetwork:
+def pha(tasks: Any, features: int, *, size: int = 64, **settings: Any) -> HyperNetwork:
     """Prototype-based HyperAdapter: prototypes of length 64, a retriever 128 wide, layer embeddings, the two losses at 0.1.
 
     Meant for parallel bottleneck adapters beside the feed-forward layers, ``pf.parallel(bottleneck=64, scale=1.0,
@@ -272,15 +279,14 @@ def pha(tasks: Any, features: int, *, learned: str = r"(?!)", bottleneck_code: i
     Args:
       tasks: names of the tasks.
       features: width of the encoder's hidden states.
-      learned: see :class:`HyperNetwork`, also for further ``settings``.
-      bottleneck_code: length of prototypes and codes.
+      size: length of prototypes, layer embeddings and codes.
+      settings: of :class:`HyperNetwork`.
 
     Reference: H. Zhao, J. Fu, Z. He, Prototype-based HyperAdapter for Sample-Efficient Multi-task Tuning, 2023, as their
     code has it.
     """
-    size = bottleneck_code
     given = {"task_size": size, "layer_size": size, "code": size, "retriever": (128, size), **settings}
-    return HyperNetwork(tasks=tuple(tasks), features=features, learned=learned, **given)
+    return HyperNetwork(tasks=tuple(tasks), features=features, **given)
 
 
 def task_embeddings(tasks: Any, **settings: Any) -> HyperNetwork:

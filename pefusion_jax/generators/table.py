@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,6 @@ class PerTask:
 
     tasks: tuple[str, ...]
     shared: str = r"(?!)"
-
-    contrasts: ClassVar[bool] = False
-    instances: ClassVar[str] = "outputs"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
@@ -65,7 +62,3 @@ class PerTask:
     def moving(self, tree: Any) -> dict[str, Any]:
         """All of it: whether a leaf at zero holds another still is the method's affair, and differs between tasks."""
         return self.trained(tree)
-
-    def auxiliary(self, tree: Any, outputs: Any, inputs: Any) -> jax.Array:
-        """None."""
-        raise NotImplementedError("PerTask has no auxiliary loss")

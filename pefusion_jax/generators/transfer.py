@@ -86,25 +86,16 @@ def instance_codes(
     return np.concatenate(rows)[:most]
 
 
-def retrieve(
-    generated: Adapted,
-    params: Any,
-    tree: Any,
-    task: Task,
-    *,
-    split: str = "train",
-    most: int | None = None,
-    batch_size: int = 64,
-) -> Retrieval:
+def retrieve(generated: Adapted, params: Any, tree: Any, task: Task, **options: Any) -> Retrieval:
     r"""Compares a task's instances with the prototypes of the known ones: :math:`\cos(z_i, k_t)`.
 
     Args:
-      generated, params, tree, task, split, most, batch_size: as for :func:`instance_codes`.
+      generated, params, tree, task, options: as for :func:`instance_codes`.
 
     Reference: what H. Zhao, J. Fu, Z. He, Prototype-based HyperAdapter for Sample-Efficient Multi-task Tuning, 2023, do with
     few examples of a new task is not in their code; this rule is ours.
     """
-    z = instance_codes(generated, params, tree, task, split=split, most=most, batch_size=batch_size)
+    z = instance_codes(generated, params, tree, task, **options)
     return Retrieval(generated.tasks, _unit(z) @ _unit(np.asarray(tree["tasks"], np.float32)).T)
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pefusion_jax import trees
-from pefusion_jax.adapt import Leaves
 from pefusion_jax.backbones.layers import ACTIVATIONS
 from pefusion_jax.layers import Layer
+from pefusion_jax.rules import Leaves
 
 # The last dense layer of a block's attention (T5: of its self-attention) and of its feed-forward network, in all our backbones.
 ATTENTION_OUTPUT = r".*/(attention/output/dense|attn/o|self_attn/(o_proj|out_proj)|SelfAttention/o)"

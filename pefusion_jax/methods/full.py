@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from pefusion_jax.adapt import Leaves
+from pefusion_jax.rules import Leaves
 
 _SUFFIX = "_delta"
 

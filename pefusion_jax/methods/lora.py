@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pefusion_jax.adapt import Leaves
 from pefusion_jax.deltas import LowRank
 from pefusion_jax.layers import Layer
+from pefusion_jax.rules import Leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -107,32 +107,7 @@ def finetune(
     Reference: I. Loshchilov and F. Hutter, Decoupled Weight Decay Regularization, 2019. The schedule differs from theirs: it
     decays once, and its first step already learns.
     """
-    settings = Settings(
-        adapters=adapters,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        clip=clip,
-        accumulate=accumulate,
-        optimizer=optimizer,
-        stochastic=stochastic,
-        seed=seed,
-        mapping=mapping,
-        devices=devices,
-        checkpoint_dir=checkpoint_dir,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-        resume=resume,
-        log_file=log_file,
-        log_every=log_every,
-        progress=progress,
-        validate_every=validate_every,
-        patience=patience,
-        penalty=penalty,
-    )
+    settings = Settings.of(locals())  # first of all: these are the arguments
     task_number(adapted, task)  # now: an unknown task is an error before anything is made
     if label_smoothing and not task.classes:
         raise ValueError(f"label_smoothing={label_smoothing} is for classes, but task {task.name!r} is a regression; pass 0")

@@ -94,32 +94,7 @@ def finetune_together(
     Reference: R. Karimi Mahabadi et al., Parameter-efficient Multi-task Fine-tuning for Transformers via Shared Hypernetworks,
     2021, for the temperature. They draw the task of each batch; here a batch holds several, by a schedule.
     """
-    settings = Settings(
-        adapters=adapters,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        clip=clip,
-        accumulate=accumulate,
-        optimizer=optimizer,
-        stochastic=stochastic,
-        seed=seed,
-        mapping=mapping,
-        devices=devices,
-        checkpoint_dir=checkpoint_dir,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-        resume=resume,
-        log_file=log_file,
-        log_every=log_every,
-        progress=progress,
-        validate_every=validate_every,
-        patience=patience,
-        penalty=penalty,
-    )
+    settings = Settings.of(locals())  # first of all: these are the arguments
     of = listed_tasks(tasks)
     names = tuple(task.name for task in of)
     numbers = [task_number(adapted, task) for task in of]

@@ -82,6 +82,11 @@ class Settings:
         parallel.held_devices(self.mapping, self.everywhere)
         parallel.check_batch_size(self.batch_size, len(self.everywhere), self.accumulate)
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Settings:
+        """The settings among a function's arguments, by their names."""
+        return cls(**{field.name: arguments[field.name] for field in dataclasses.fields(cls)})
+
     @functools.cached_property
     def everywhere(self) -> tuple[jax.Device, ...]:
         """The devices of all processes."""

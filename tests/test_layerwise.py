@@ -9,7 +9,7 @@ import pytest
 
 import pefusion_jax as pf
 from pefusion_jax.backbones.layers import STACKS
-from pefusion_jax.fusion.layerwise import join, separate, stacked_layers
+from pefusion_jax.layerwise import join, separate, stacked_layers
 
 
 def normal(seed, *shape):
