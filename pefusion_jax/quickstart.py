@@ -159,11 +159,12 @@ def quickstart(
             what = "normalized mean" if shared else "mean"
             stage(f"{title}: single-task mean {own.mean:.3f}; {best.name} ({best.detail}) has a {what} of {kept:.3f}")
             _save(folder / key, settings, kind, best, params, method, phi0)
-            evaluation.plot_cosine(
+            evaluation.plot_matrix(
                 trees.cosine({name: kind.changes[name].leaves for name in kind.changes}),
                 list(kind.changes),
                 folder / f"cosine_{key}.png",
                 title=f"{title}: task vectors in weight space",
+                label="cosine similarity",
             )
 
         comparison = evaluation.Comparison(tuple(rows), title="Test accuracy in percent")

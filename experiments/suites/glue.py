@@ -42,6 +42,7 @@ def glue_tasks(
     max_length: int = 64,
     head: str = "auto",
     train_size: int | None = None,
+    train_seed: int = 0,
     validation_size: int = 400,
     test_size: int | None = None,
     pad_to: int = 32,
@@ -57,6 +58,7 @@ def glue_tasks(
       head: ``"auto"``: zero-shot from class descriptions for sst2; for all others, whose classes are about a pair or about
         grammar, which no description says, linear on the base model's features of the training split. ``"linear"``: for all.
       train_size: at most so many training rows; all by default. Chosen by hash, as are the other sizes.
+      train_seed: another number, other training rows.
       validation_size: rows held out; no first sentence is in both parts.
       test_size: at most so many test rows.
       pad_to: classes are padded to a multiple of this.
@@ -79,7 +81,7 @@ def glue_tasks(
             classes=spec.classes,
             descriptions=spec.descriptions or spec.classes,
             fields=spec.fields,
-            train=_by_hash(train, spec.fields, train_size),
+            train=_by_hash(train, spec.fields, train_size, f"{train_seed}:" if train_seed else ""),
             validation=validation,
             test=test,
         )
@@ -92,16 +94,12 @@ def glue_tasks(
     return tasks
 
 
-def _picked(rows: pf.tasks.Examples, index: Sequence[int]) -> pf.tasks.Examples:
-    return pf.tasks.Examples([rows[i] for i in index], rows.source, [rows.numbers[i] for i in index], rows.unit)
-
-
-def _by_hash(rows: pf.tasks.Examples, fields: tuple[str, ...], size: int | None) -> pf.tasks.Examples:
+def _by_hash(rows: pf.tasks.Examples, fields: tuple[str, ...], size: int | None, salt: str = "") -> pf.tasks.Examples:
     """So many rows, chosen by the hash of their text, in the file's order."""
     if size is None or size >= len(rows):
         return rows
-    order = sorted(range(len(rows)), key=lambda i: choosing.digest("|".join(rows[i][field] for field in fields)))
-    return _picked(rows, sorted(order[:size]))
+    order = sorted(range(len(rows)), key=lambda i: choosing.digest(salt + "|".join(rows[i][field] for field in fields)))
+    return rows.picked(sorted(order[:size]))
 
 
 def _hold_out(
@@ -118,4 +116,4 @@ def _hold_out(
         if len(held) >= size:
             break
         held += groups[group]
-    return _picked(rows, sorted(set(usable) - set(held))), _picked(rows, sorted(held))
+    return rows.picked(sorted(set(usable) - set(held))), rows.picked(sorted(held))

@@ -6,21 +6,17 @@ A trained model is a run (``pf.load_run``) in ``WORK/KIND/SEED/TASK``; what is t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 import pefusion_jax as pf
-from pefusion_jax import tasks as task_tools
-from pefusion_jax import trees
 from pefusion_jax.penalty import interference
 from pefusion_jax.runs import FILE, save_run
-from pefusion_jax.training import parallel
 from pefusion_jax.training.checkpoint import load_adapters
-from pefusion_jax.training.step import default_optimizer, init_state, learning_rate_schedule
 
 ENCODER = r".*(layer|layers)/.*(kernel|bias|scale)"
 
@@ -152,30 +148,25 @@ def train(
 
 
 def train_together(base: Base, kind_name: str, tasks: Sequence[Any], seed: int, rate: float, folder: Path) -> Any:
-    """One adapter for all tasks, the upper line: batches of the tasks in turn, as many as all single models saw together."""
+    """One adapter for all tasks, the upper line: as many examples as all single models saw, the tasks mixed in each batch."""
     method, adapted, start = adapted_for(base, kind_name, seed)
     mode = KINDS[kind_name].mode
-    if (folder / FILE).is_file():
-        return _read(folder, base, base.steps * len(tasks), rate)
     steps = base.steps * len(tasks)
-    schedule = learning_rate_schedule(rate, "cosine", 0.1, steps)
-    optimizer = default_optimizer(schedule, 0.0)
-    devices = tuple(jax.devices()[:1])
-    tree = start if mode is None else adapted.init(None, base.params)
-    trained, held = trees.split(tree, adapted.trainable(tree))
-    head = tasks[0].head
-    run = parallel.compiled_step(
-        adapted, optimizer, head.features, head.logits, tasks[0].loss, 1, 1.0, True, schedule, "pmap", devices
+    if (folder / FILE).is_file():
+        return _read(folder, base, steps, rate)
+    tree = pf.finetune_together(
+        adapted,
+        base.params,
+        tasks,
+        adapters=start if mode is None else adapted.init(None, base.params),
+        steps=steps,
+        batch_size=base.batch_size,
+        temperature=math.inf,
+        learning_rate=rate,
+        seed=seed,
+        devices=jax.devices()[:1],
+        progress=False,
     )
-    state = parallel.replicate(init_state(trained, optimizer, seed), devices, copy=True)
-    params, held, heads = parallel.replicate((base.params, held, [task.head.params for task in tasks]), devices)
-    for step in range(steps):
-        task = tasks[step % len(tasks)]
-        batch = task_tools.train_batch(task, step // len(tasks), base.batch_size, seed)
-        state, metrics = run(state, params, held, heads[step % len(tasks)], parallel.place_batch(batch, "pmap", devices))
-        if step % 100 == 99 and not np.isfinite(np.asarray(metrics["loss"])).all():
-            raise ValueError(f"the multi-task loss is not finite at step {step}; lower the learning rate {rate}")
-    tree = trees.merge(jax.tree.map(jax.numpy.asarray, parallel.unreplicate(state.adapters)), trees.split(tree, trained)[1])
     _save(folder, tree, base, method, mode, start, task="all", learning_rate=rate, steps=steps)
     return tree
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import sys
 import time
 from pathlib import Path
@@ -24,11 +23,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a script
 
 import pefusion_jax as pf
+from experiments.rows import Rows
 from experiments.suites import claims, data, scoring, tables
 from experiments.suites.fetch import default_root
 from experiments.suites.kinds import KINDS, Base, Tuned, adapted_for, choose_rate, train, train_together
 from experiments.suites.methods import METHODS, Context, Method, suits
-from pefusion_jax import evaluation, files
+from pefusion_jax import evaluation
 from pefusion_jax import tasks as task_tools
 
 TEXT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -74,30 +74,6 @@ class Settings:
     """Test examples of each task."""
 
 
-class Rows:
-    """Scores by key, on disk after every one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.found
-
-    def require(self, settings: Settings) -> None:
-        """Refuses rows of other settings, which would be mixed up with new ones."""
-        names = ("suite", "model", "steps", "batch_size", "rank", "alpha", "validation_examples", "test_examples", "rate_task")
-        asked = {name: getattr(settings, name) for name in names}
-        if self.found.setdefault("settings", asked) != asked:
-            raise ValueError(
-                f"{self.path} holds rows of {self.found['settings']}, but asked for is {asked}; name another --out"
-            )
-
-    def put(self, key: str, **row: Any) -> None:
-        self.found[key] = row
-        files.write_json(self.path, self.found)
-
-
 def main(settings: Settings) -> None:
     began = time.monotonic()
 
@@ -106,8 +82,8 @@ def main(settings: Settings) -> None:
 
     settings.out.mkdir(parents=True, exist_ok=True)
     work = settings.work or default_root() / "adapters" / settings.suite
-    rows = Rows(settings.out / "rows.json")
-    rows.require(settings)
+    names = ("suite", "model", "steps", "batch_size", "rank", "alpha", "validation_examples", "test_examples", "rate_task")
+    rows = Rows(settings.out / "rows.json", {name: getattr(settings, name) for name in names})
     if settings.stages == ("tables",):
         tables.write(rows.found, settings.out)
         return

@@ -183,64 +183,54 @@ def plot_sweep(
     save_figure(figure, path, out.getvalue())
 
 
-def plot_cosine(
-    matrix: Any,
-    names: Sequence[str],
+def plot_curves(
+    curves: Mapping[str, Mapping[float, tuple[float, float]]],
     path: str | os.PathLike[str],
     *,
-    title: str = "",
-    label: str = "cosine similarity",
+    x: str,
+    y: str = "score",
+    log_x: bool = False,
 ) -> None:
-    """Draws a matrix of similarities between tasks as a heat map with numbers.
+    """Draws a line for each name, with its spread as a band.
 
     Args:
-      matrix: ``[task, task]``, values in [-1, 1], such as ``pefusion_jax.trees.cosine(taus)``.
-      names: of the tasks.
+      curves: name -> place on the horizontal axis -> (mean, spread).
       path: of the PNG; a CSV of the same name is written beside it.
-      title: shown above.
-      label: of the colour bar.
+      x: label of the horizontal axis.
+      y: label of the vertical axis.
+      log_x: the horizontal axis is logarithmic; each place that occurs gets a tick.
 
     Raises:
-      ValueError: if the matrix is not square with a row for each name.
+      ValueError: if there is nothing to draw.
     """
-    values = np.asarray(matrix, np.float64)
-    if values.shape != (len(names), len(names)) or not len(names):
-        raise ValueError(f"a matrix {values.shape} does not fit {len(names)} names; needed is one row and column a name")
-    # The diagonal is 1 by definition; in colour it would hide the differences elsewhere.
-    same = np.eye(len(names), dtype=bool)
-    limit = max(float(np.abs(values[~same]).max(initial=0.0)), 0.05)
-    size = 0.46 * len(names) + 0.06 * max(map(len, names)) + 0.8
-    figure, axes = _figure(size + 1.0, size)
-    image = axes.imshow(np.where(same, np.nan, values), cmap="RdBu_r", vmin=-limit, vmax=limit)
-    axes.set_facecolor("#dddddd")
-    for row in range(len(names)):
-        for column in range(len(names)):
-            dark = row != column and abs(values[row, column]) > 0.6 * limit
-            axes.text(
-                column,
-                row,
-                f"{values[row, column]:.2f}".replace("-", "\N{MINUS SIGN}"),
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if dark else "black",
-            )
-    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.set_label(label, fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    if title:
-        axes.set_title(title, fontsize=9)
+    if not curves or not all(curves.values()):
+        raise ValueError("there is no curve to draw, or one without a point")
+    figure, axes = _figure(6.4, 3.4)
+    for c, (name, points) in enumerate(curves.items()):
+        places = np.asarray(sorted(points), np.float64)
+        mean, spread = np.asarray([points[place] for place in sorted(points)], np.float64).T
+        colour = COLOURS[c % len(COLOURS)]
+        line = "-" if c < len(COLOURS) else "--"
+        axes.plot(places, mean, line, color=colour, marker=MARKERS[c % len(MARKERS)], markersize=4, linewidth=1.3, label=name)
+        axes.fill_between(places, mean - spread, mean + spread, color=colour, alpha=0.13, linewidth=0)
+    if log_x:
+        axes.set_xscale("log")
+        ticks = sorted({place for points in curves.values() for place in points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    axes.set_xlabel(x, fontsize=8)
+    axes.set_ylabel(y, fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(True, linewidth=0.4, alpha=0.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.legend(loc="outside right center", fontsize=7, frameon=False, handlelength=2.4)
 
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["", *names])
-    for name, line in zip(names, values, strict=True):
-        writer.writerow([name, *(repr(float(value)) for value in line)])
+    writer.writerow(["curve", x, "mean", "spread"])
+    for name, points in curves.items():
+        writer.writerows([name, repr(float(place)), *(repr(float(v)) for v in points[place])] for place in sorted(points))
     save_figure(figure, path, out.getvalue())
 
 

@@ -6,9 +6,10 @@ import struct
 import numpy as np
 import pytest
 
-from pefusion_jax.evaluation import Comparison, Row, Scores, plot_cosine, plot_scores, plot_sweep
+from pefusion_jax.evaluation import Comparison, Row, Scores, plot_curves, plot_scores, plot_sweep
 
 TASKS = ["CoLA", "MNLI", "RTE"]
+ONE = {"a": {1.0: (0.5, 0.1)}}
 
 
 def read_csv(path):
@@ -66,22 +67,24 @@ def test_sweep(tmp_path):
         plot_sweep(x, {}, tmp_path / "bad.png")
 
 
-def test_cosine(tmp_path):
-    matrix = np.array([[1, 0.2, -0.1], [0.2, 1, 0], [-0.1, 0, 1]])
-    plot_cosine(matrix, TASKS, tmp_path / "cosine.png", title="Task vectors")
-    check_png(tmp_path / "cosine.png")
-    rows = read_csv(tmp_path / "cosine.csv")
-    np.testing.assert_array_equal(np.array([row[1:] for row in rows[1:]], float), matrix)
-    with pytest.raises(ValueError, match="does not fit 2 names"):
-        plot_cosine(matrix, TASKS[:2], tmp_path / "bad.png")
-    plot_cosine(np.eye(1), ["one"], tmp_path / "one.png")
+def test_curves(tmp_path):
+    curves = {"PHA": {100: (0.6, 0.02), 500: (0.8, 0.01)}, "adapters": {500: (0.75, 0.0), 100: (0.5, 0.05)}}
+    plot_curves(curves, tmp_path / "curves.png", x="examples", log_x=True)
+    check_png(tmp_path / "curves.png")
+    rows = read_csv(tmp_path / "curves.csv")
+    assert rows[0] == ["curve", "examples", "mean", "spread"]
+    assert [(row[0], float(row[1]), (float(row[2]), float(row[3]))) for row in rows[1:]] == [
+        (name, place, points[place]) for name, points in curves.items() for place in sorted(points)
+    ]
+    with pytest.raises(ValueError, match="no curve"):
+        plot_curves({"PHA": {}}, tmp_path / "bad.png", x="examples")
 
 
 def test_no_global_state_and_no_leftovers(tmp_path):
-    plot_cosine(np.eye(2), ["a", "b"], tmp_path / "cosine.png")
+    plot_curves(ONE, tmp_path / "one.png", x="x")
     from matplotlib import pyplot
 
     assert pyplot.get_fignums() == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cosine.csv", "cosine.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.csv", "one.png"]
     with pytest.raises(ValueError, match=r"end it with \.png"):
-        plot_cosine(np.eye(2), ["a", "b"], tmp_path / "cosine.pdf")
+        plot_curves(ONE, tmp_path / "one.pdf", x="x")

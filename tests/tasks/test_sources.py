@@ -34,6 +34,8 @@ def test_the_same_rows_from_every_format(tmp_path):
         examples = source(tmp_path / name)
         assert list(examples) == ROWS and len(examples) == 2
         assert examples.where(1) == f"{tmp_path / name}, {place}" == examples[1:].where(0)
+        picked = examples.picked([1, 0])
+        assert list(picked) == ROWS[::-1] and picked.where(0) == examples.where(1)
 
 
 def test_damage_is_reported_with_file_and_line(tmp_path):

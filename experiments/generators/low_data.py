@@ -1,0 +1,185 @@
+"""Few examples a task: prototype-based hyper-adapters beside the ways of tuning that their paper compares them with.
+
+    python experiments/generators/low_data.py --out experiments/low_data --examples 100 500 --seeds 0 1 2
+    python experiments/generators/low_data.py --suite glue --data /folder/with/glue --out experiments/low_data_glue
+
+Each seed draws other examples. Rates are chosen on the validation split with the smallest number of examples and the first
+seed, and then fixed; the test split is scored once a row. Resumable: rows that are in ``OUT/rows.json`` are not made again.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a script
+
+import pefusion_jax as pf
+from experiments.generators.approaches import APPROACHES, Tuned, tune
+from experiments.rows import Rows
+from experiments.suites import data
+from pefusion_jax import files, generators
+from pefusion_jax.evaluation import plot_curves
+from pefusion_jax.tasks.task import stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Compares ways of tuning on few examples a task.
+
+    Example:  python experiments/generators/low_data.py --out experiments/low_data --examples 100 --seeds 0 1 2
+    """
+
+    out: Path
+    """Folder of scores, tables and plots."""
+    suite: Literal["embedded", "glue"] = "embedded"
+    """The six tasks of the repository, or GLUE from --data."""
+    data: Path | None = None
+    """Folder that holds glue/."""
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """The encoder."""
+    examples: tuple[int, ...] = (100,)
+    """Training examples of each task."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the examples, the start and the order."""
+    approaches: tuple[str, ...] = tuple(APPROACHES)
+    """Which ways of tuning."""
+    steps: int = 100
+    """Updates of each task; those of all tasks together are as many as of all tasks apart."""
+    batch_size: int = 16
+    """Examples of an update."""
+    validation_examples: int = 100
+    """Validation examples of each task that rates are chosen on."""
+    test_examples: int = 300
+    """Test examples of each task."""
+
+
+def main(settings: Settings) -> None:
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
+
+    unknown = sorted(set(settings.approaches) - set(APPROACHES))
+    if unknown:
+        raise ValueError(f"--approaches {' '.join(unknown)}: none of {', '.join(APPROACHES)}")
+    names = ("suite", "model", "steps", "batch_size", "validation_examples", "test_examples")
+    rows = Rows(settings.out / "rows.json", {name: getattr(settings, name) for name in names})
+    settings.out.mkdir(parents=True, exist_ok=True)
+    model, params = pf.load_pretrained(settings.model)
+    draw = tasks_of(settings, model, params)
+    first = draw(min(settings.examples), settings.seeds[0])
+    task_names = tuple(task.name for task in first)
+    say(f"{settings.model}; tasks: {', '.join(task_names)}")
+    for name in settings.approaches:
+        approach = APPROACHES[name]
+        adapted = approach.build(model, task_names)
+        how: dict[str, Any] = {"steps": settings.steps, "batch_size": settings.batch_size}
+        if f"rate/{name}" not in rows:
+            found = {}
+            for rate in approach.rates:
+                tuned = tune(approach, adapted, params, first, rate=rate, seed=settings.seeds[0], **how)
+                found[f"{rate:g}"] = tuned.scores(params, first, "validation").mean
+                say(f"{name}, rate {rate:g}: validation {found[f'{rate:g}']:.3f}")
+            best = max(found.values())
+            rows.put(f"rate/{name}", rate=min(float(r) for r, score in found.items() if score == best), validation=found)
+        for count in settings.examples:
+            for seed in settings.seeds:
+                key = f"{name}/{count}/{seed}"
+                if key in rows:
+                    continue
+                tasks = draw(count, seed)
+                start = time.monotonic()
+                tuned = tune(approach, adapted, params, tasks, rate=rows[f"rate/{name}"]["rate"], seed=seed, **how)
+                scores = tuned.scores(params, tasks, "test")
+                more = retrieval(tuned, params, tasks)
+                rows.put(key, approach=name, examples=count, seed=seed, trained=tuned.trained, **more, **scores.to_dict())
+                say(f"{name}, {count} examples, seed {seed}: {scores.mean:.3f} ({time.monotonic() - start:.0f} s)")
+        jax.clear_caches()  # nothing is shared between approaches
+    write(rows.found, settings.out)
+
+
+def tasks_of(settings: Settings, model: Any, params: Any) -> Callable[[int, int], list[Any]]:
+    """``(examples, seed) -> tasks``: heads see no more examples than the training does."""
+    tokenizer = pf.load_tokenizer(settings.model)
+
+    def draw(count: int, seed: int) -> list[Any]:
+        if settings.suite == "embedded":
+            made = []
+            for rows in pf.tasks.embedded("all").values():
+                train = rows.train.picked(stream(len(rows.train), 0, min(count, len(rows.train)), seed))
+                few = dataclasses.replace(rows, train=train)
+                made.append(pf.tasks.text_task(few, model, params, tokenizer, buckets=(16, 32)))
+        elif settings.data is None:
+            raise ValueError("the suite glue reads a local extract: name the folder that holds glue/ with --data")
+        else:
+            made = data.glue_tasks(model, params, tokenizer, settings.data, train_size=count, train_seed=seed)
+        return [
+            dataclasses.replace(
+                task,
+                validation=task.validation[: settings.validation_examples],
+                test=task.test[: settings.test_examples],
+            )
+            for task in made
+        ]
+
+    return draw
+
+
+def retrieval(tuned: Tuned, params: Any, tasks: Any) -> dict[str, Any]:
+    """Share of each task's test examples that are nearest to its own prototype; nothing for models without."""
+    generator = tuned.adapted.origin.generator if tuned.adapted.origin else None
+    if not getattr(generator, "contrasts", False):
+        return {}
+    table = generators.retrieval_table(tuned.adapted, params, tuned.trees[""], tasks, split="test")
+    return {"retrieval": {name: votes[name] for name, votes in table.items()}}
+
+
+COLUMNS = ("approach", "examples", "seeds", "trained parameters", "mean", "mean sd", "worst task", "retrieval")
+
+
+def write(found: Mapping[str, Any], out: Path) -> None:
+    """``results.md``, ``results.csv`` and the plot of accuracy against examples."""
+    groups: dict[tuple[str, int], list[Any]] = {}
+    for row in found.values():
+        if "approach" in row:
+            groups.setdefault((row["approach"], row["examples"]), []).append(row)
+    lines = []
+    for (name, count), rows in groups.items():
+        means = [row["mean"] for row in rows]
+        hits = [np.mean(list(row["retrieval"].values())) for row in rows if "retrieval" in row]
+        worst = np.mean([min(row["scores"].values()) for row in rows])
+        spread = np.std(means, ddof=1) if len(means) > 1 else None
+        lines.append(
+            (name, count, len(rows), rows[0]["trained"], np.mean(means), spread, worst, np.mean(hits) if hits else None)
+        )
+    lines.sort(key=lambda line: (line[1], -line[4]))
+    cells = [[_cell(value) for value in line] for line in lines]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *cells])
+    files.write_atomically(out / "results.csv", text.getvalue().encode())
+    table = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    table += ["| " + " | ".join(row) + " |" for row in cells]
+    files.write_atomically(out / "results.md", ("\n".join(table) + "\n").encode())
+    curves: dict[str, dict[float, tuple[float, float]]] = {}
+    for name, count, *_, mean, spread, _, _ in lines:
+        curves.setdefault(name, {})[count] = (float(mean), float(spread or 0))
+    plot_curves(curves, out / "low_data.png", x="training examples of each task", y="mean score", log_x=True)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
