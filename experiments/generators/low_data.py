@@ -118,7 +118,7 @@ def tasks_of(settings: Settings, model: Any, params: Any) -> Callable[[int, int]
             made = []
             for rows in pf.tasks.embedded("all").values():
                 train = rows.train.picked(stream(len(rows.train), 0, min(count, len(rows.train)), seed))
-                few = dataclasses.replace(rows, train=train)
+                few = rows._replace(train=train)
                 made.append(pf.tasks.text_task(few, model, params, tokenizer, buckets=(16, 32)))
         elif settings.data is None:
             raise ValueError("the suite glue reads a local extract: name the folder that holds glue/ with --data")

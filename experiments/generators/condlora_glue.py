@@ -1,0 +1,191 @@
+"""CondLoRA beside LoRA of the same rank: scores, trained parameters and speed, task by task.
+
+    python experiments/generators/condlora_glue.py --data /folder/with/glue --out experiments/condlora_glue
+
+Resumable. Rates are chosen for each method on the validation split of one task and then fixed. Speed: steps of both methods
+take turns on warm programs in one process; the ratio is that of the medians.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a script
+
+import pefusion_jax as pf
+from experiments.rows import Rows
+from experiments.suites import data
+from pefusion_jax import files, generators, trees
+from pefusion_jax import tasks as task_tools
+from pefusion_jax.training import parallel
+from pefusion_jax.training.step import default_optimizer, init_state, learning_rate_schedule
+
+TARGETS = r".*/(query|value|q|v)"
+RATES = (3e-4, 1e-3, 3e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Compares CondLoRA with LoRA on GLUE.
+
+    Example:  python experiments/generators/condlora_glue.py --data ~/data --out experiments/condlora_glue --tasks rte mrpc
+    """
+
+    data: Path
+    """Folder that holds glue/."""
+    out: Path
+    """Folder of scores and the table."""
+    model: str = "sentence-transformers/all-mpnet-base-v2"
+    """The encoder."""
+    tasks: tuple[str, ...] = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
+    """Which sets."""
+    rate_task: str = "mrpc"
+    """The set that rates are chosen on."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the start and of the order."""
+    rank: int = 8
+    """Rank, and alpha: both methods are scaled by 1."""
+    steps: int = 100
+    """Updates of each run."""
+    batch_size: int = 16
+    """Examples of an update."""
+    train_examples: int = 1000
+    """Training examples of each set."""
+    validation_examples: int = 150
+    """Validation examples of the set that rates are chosen on."""
+    test_examples: int = 200
+    """Test examples of each set."""
+    max_length: int = 48
+    """Tokens of every batch."""
+    rounds: int = 12
+    """Timed steps of each method."""
+
+
+def main(settings: Settings) -> None:
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
+
+    settings.out.mkdir(parents=True, exist_ok=True)
+    asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("data", "out", "tasks", "seeds", "rounds")}
+    rows = Rows(settings.out / "rows.json", asked)
+    model, params = pf.load_pretrained(settings.model)
+    tokenizer = pf.load_tokenizer(settings.model)
+    plain = pf.adapt(model, pf.LoRA(rank=settings.rank, alpha=settings.rank, targets=TARGETS))
+    kinds = {"LoRA": plain, "CondLoRA": pf.generate(plain, generators.CondLoRA())}
+
+    def made(name: str) -> Any:
+        sizes = {"train_size": settings.train_examples, "test_size": settings.test_examples}
+        (task,) = data.glue_tasks(
+            model, params, tokenizer, settings.data, names=(name,), max_length=settings.max_length, **sizes
+        )
+        return dataclasses.replace(task, validation=task.validation[: settings.validation_examples])
+
+    def train(adapted: pf.Adapted, task: Any, rate: float, seed: int) -> Any:
+        how: dict[str, Any] = {"steps": settings.steps, "batch_size": settings.batch_size, "schedule": "linear"}
+        return pf.finetune(
+            adapted, params, task, learning_rate=rate, seed=seed, devices=jax.devices()[:1], progress=False, **how
+        )
+
+    for kind, adapted in kinds.items():
+        if f"rate/{kind}" not in rows:
+            task, found = made(settings.rate_task), {}
+            for rate in RATES:
+                tree = train(adapted, task, rate, settings.seeds[0])
+                found[f"{rate:g}"] = pf.evaluate(adapted, params, tree, [task], split="validation")[task.name]
+            best = max(found.values())
+            rate = min(float(rate) for rate, score in found.items() if score == best)
+            rows.put(f"rate/{kind}", rate=rate, validation=found)
+            say(f"{kind}: learning rate {rate:g} of {found}")
+    if "speed" not in rows:
+        rows.put("speed", **speed(kinds, params, made(settings.rate_task), settings))
+        say(f"speed: {rows['speed']}")
+    for name in settings.tasks:
+        task = None
+        for seed in settings.seeds:
+            for kind, adapted in kinds.items():
+                key = f"{kind}/{name}/{seed}"
+                if key in rows:
+                    continue
+                task = task or made(name)
+                tree = train(adapted, task, rows[f"rate/{kind}"]["rate"], seed)
+                scores = pf.evaluate(adapted, params, tree, [task])
+                count = sum(leaf.size for leaf in jax.tree.leaves(adapted.trainable(tree)))
+                row = {"kind": kind, "task": name, "seed": seed, "trained": int(count)}
+                rows.put(key, **row, score=scores[name], stderr=scores.stderr[name])
+                say(f"{name}, seed {seed}, {kind}: {scores[name]:.3f}")
+    write(rows.found, settings.out)
+
+
+def speed(kinds: dict[str, pf.Adapted], params: Any, task: Any, settings: Settings) -> dict[str, Any]:
+    """Seconds of a training step of each kind, taken in turns, and their FLOPs by XLA's count."""
+    devices = tuple(jax.devices()[:1])
+    schedule = learning_rate_schedule(1e-3, "linear", 0.1, settings.steps)
+    optimizer = default_optimizer(schedule, 0.0)
+    batch = task_tools.train_batch(task, 0, settings.batch_size, 0)
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    flops, steps = {}, {}
+    for kind, adapted in kinds.items():
+        tree = adapted.init(jax.random.key(0), params, **batch["inputs"])
+        trained, held = trees.split(tree, adapted.trainable(tree))
+        run = parallel.compiled_step(
+            adapted, optimizer, task.head.features, task.head.logits, task.loss, 1, 1.0, True, schedule, "pmap", devices
+        )
+        state = parallel.replicate(init_state(trained, optimizer, 0), devices, copy=True)
+        fixed = parallel.replicate((params, held, task.head.params), devices)
+        given = parallel.place_batch(batch, "pmap", devices)
+        steps[kind] = [run, state, fixed, given]
+
+        def total(tree: Any, params: Any, inputs: Any, adapted: pf.Adapted = adapted) -> jax.Array:
+            return jnp.sum(task.head.features(adapted.apply(params, tree, **inputs), inputs))
+
+        flops[kind] = jax.jit(jax.grad(total)).lower(tree, params, batch["inputs"]).compile().cost_analysis()["flops"]
+    for number in range(settings.rounds + 2):
+        for kind, step in steps.items():
+            run, state, fixed, given = step
+            start = time.perf_counter()
+            step[1], metrics = run(state, *fixed, given)
+            jax.block_until_ready(metrics)
+            if number >= 2:  # the first two are warm-up
+                seconds[kind].append(time.perf_counter() - start)
+    medians = {kind: float(np.median(found)) for kind, found in seconds.items()}
+    rate = {kind: settings.batch_size / median for kind, median in medians.items()}
+    return {
+        "examples per second": rate,
+        "throughput ratio": medians["LoRA"] / medians["CondLoRA"],
+        "gradient FLOPs": flops,
+        "FLOPs ratio": flops["CondLoRA"] / flops["LoRA"],
+    }
+
+
+def write(found: dict[str, Any], out: Path) -> None:
+    """``results.md``: a line for each set and the means."""
+    runs = [row for row in found.values() if "kind" in row and "task" in row]
+    names = list(dict.fromkeys(row["task"] for row in runs))
+    lines = ["| | trained | " + " | ".join(names) + " | mean | standard error |", "| --- |" + " ---: |" * (len(names) + 3)]
+    for kind in dict.fromkeys(row["kind"] for row in runs):
+        cells, by_seed = [], {}
+        for name in names:
+            here = [row for row in runs if row["kind"] == kind and row["task"] == name]
+            cells.append(f"{np.mean([row['score'] for row in here]):.3f}")
+            for row in here:
+                by_seed.setdefault(row["seed"], []).append(row["score"])
+        means = [float(np.mean(scores)) for scores in by_seed.values()]
+        error = f"{np.std(means, ddof=1) / len(means) ** 0.5:.4f}" if len(means) > 1 else ""
+        trained = next(row["trained"] for row in runs if row["kind"] == kind)
+        lines.append(f"| {kind} | {trained:,} | " + " | ".join(cells) + f" | {np.mean(means):.4f} | {error} |")
+    files.write_atomically(out / "results.md", ("\n".join(lines) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
