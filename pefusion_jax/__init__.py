@@ -26,7 +26,17 @@ from pefusion_jax.linearize import linearize
 from pefusion_jax.merging import merge_files
 
 # Adapter methods.
-from pefusion_jax.methods import Bottleneck, FullFineTuning, LoRA, houlsby, parallel, pfeiffer
+from pefusion_jax.methods import (
+    Bottleneck,
+    FullFineTuning,
+    LoRA,
+    PromptTuning,
+    houlsby,
+    parallel,
+    pfeiffer,
+    prompt_from_tokens,
+    prompt_similarity,
+)
 
 # Second moments of a task's data: for fusion without data, and for training that stays out of other tasks' way.
 from pefusion_jax.moment_files import load_statistics, save_statistics
@@ -42,6 +52,7 @@ __all__ = [
     "FullFineTuning",
     "LoRA",
     "LowRank",
+    "PromptTuning",
     "adapt",
     "compress",
     "deltas",
@@ -69,6 +80,8 @@ __all__ = [
     "moments",
     "parallel",
     "pfeiffer",
+    "prompt_from_tokens",
+    "prompt_similarity",
     "save_peft",
     "save_pretrained",
     "save_run",

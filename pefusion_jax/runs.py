@@ -22,16 +22,16 @@ from pefusion_jax import trees
 from pefusion_jax.adapt import Adapted, adapt
 from pefusion_jax.deltas import Delta, LowRank
 from pefusion_jax.files import write_json
-from pefusion_jax.generators import CondLoRA, HyperNetwork, PerTask, generate
+from pefusion_jax.generators import MPT, Attempt, CondLoRA, HyperDecoder, HyperNetwork, PerTask, generate
 from pefusion_jax.interop import fingerprint, load_pretrained
 from pefusion_jax.linearize import linearize
-from pefusion_jax.methods import Bottleneck, FullFineTuning, LoRA
+from pefusion_jax.methods import Bottleneck, FullFineTuning, LoRA, PromptTuning
 from pefusion_jax.training.checkpoint import load_adapters, save_adapters
 
 FILE = "adapter.safetensors"
 STATISTICS = "statistics.safetensors"
-_METHODS = {"LoRA": LoRA, "FullFineTuning": FullFineTuning, "Bottleneck": Bottleneck}
-_GENERATORS = {"CondLoRA": CondLoRA, "HyperNetwork": HyperNetwork, "PerTask": PerTask}
+_METHODS = {method.__name__: method for method in (LoRA, FullFineTuning, Bottleneck, PromptTuning)}
+_GENERATORS = {made.__name__: made for made in (CondLoRA, HyperNetwork, HyperDecoder, PerTask, MPT, Attempt)}
 
 
 class Run(NamedTuple):

@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/generation_cost.py
 
-For an encoder of MPNet-base's size (12 layers, width 768) and each generator: the gradient with respect to the generator's tree,
-against the gradient with respect to the plain adapters of the same shapes. Nothing is run and no weights are needed. A batch of
-several tasks has as many blocks of rows, and the adapters of each are made. Writes ``generation_cost.json``.
+For an encoder of MPNet-base's size (12 layers, width 768) and each generator: the gradient with respect to the generator's
+tree, against the gradient with respect to the plain adapters of the same shapes. Nothing is run and no weights are needed.
+A batch of several tasks has as many blocks of rows, and the adapters of each are made. Writes ``generation_cost.json``.
 """
 
 from __future__ import annotations

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 import pefusion_jax as pf
 from pefusion_jax import evaluation, generators
+from pefusion_jax.methods import prompt_similarity
+from pefusion_jax.tasks import train_batch
 
 
 class Approach(NamedTuple):
@@ -19,11 +22,14 @@ class Approach(NamedTuple):
       build: ``(model, task names) -> `` the tunable model.
       together: one tree for all tasks, trained on mixed batches; else a tree for each.
       rates: peak learning rates to choose from.
+      start: for those that begin with prompts of single tasks: ``(model, parameters, tasks, task name -> prompt tree) -> ``
+        where training starts, task name (or ``""``, where there is one tree) -> tree.
     """
 
     build: Callable[[Any, tuple[str, ...]], pf.Adapted]
     together: bool
     rates: tuple[float, ...]
+    start: Callable[..., dict[str, Any]] | None = None
 
 
 def _parallel(model: Any) -> pf.Adapted:
@@ -40,15 +46,46 @@ def _pha(model: Any, tasks: tuple[str, ...], **options: Any) -> pf.Adapted:
     return pf.generate(_parallel(model), made)
 
 
+def _prompted(model: Any) -> pf.Adapted:
+    return pf.adapt(model, pf.PromptTuning(length=PROMPT))
+
+
+def _attempt(model: Any, tasks: tuple[str, ...]) -> pf.Adapted:
+    """Its sources are put into the tree when there are any."""
+    none = jnp.zeros((len(tasks), PROMPT, model.config.hidden_size))
+    return pf.generate(_prompted(model), generators.Attempt(sources=tasks, tasks=tasks, prompts=none))
+
+
+def _with_sources(adapted: pf.Adapted, params: Any, tasks: Sequence[Any], prompts: Mapping[str, Any]) -> dict[str, Any]:
+    """ATTEMPT on all tasks at once: the sources are the prompts that each task trained alone, and so are the targets."""
+    example = train_batch(tasks[0], 0, 2, 0)["inputs"]
+    tree = adapted.init(jax.random.key(0), params, **example, task=0)
+    stacked = jnp.stack([jax.tree.leaves(prompts[task.name])[0] for task in tasks])
+    return {"": {**tree, "sources": stacked, "target": jax.tree.map(lambda leaf: stacked, tree["target"])}}
+
+
+def _most_alike(adapted: pf.Adapted, params: Any, tasks: Sequence[Any], prompts: Mapping[str, Any]) -> dict[str, Any]:
+    """SPoT: each task starts from the other task's prompt that is most like its own."""
+    start = {}
+    for task in tasks:
+        others = {name: tree for name, tree in prompts.items() if name != task.name}
+        alike = prompt_similarity(prompts[task.name], others)
+        start[task.name] = others[max(alike, key=lambda name: alike[name])]
+    return start
+
+
+PROMPT = 16  # positions
 _ADAPTER = (1e-3, 3e-3, 1e-2)
 _HYPER = (3e-4, 1e-3, 3e-3)
+PROMPTS = "single-task prompts"
 _PROMPT = (3e-3, 1e-2, 3e-2, 1e-1)
 APPROACHES: dict[str, Approach] = {
     "single-task adapters": Approach(lambda model, tasks: _parallel(model), False, _ADAPTER),
     "single-task LoRA": Approach(
         lambda model, tasks: pf.adapt(model, pf.LoRA(rank=8, alpha=16, targets=r".*/(query|value|q|v)")), False, _ADAPTER
     ),
-    "single-task prompts": Approach(lambda model, tasks: pf.adapt(model, pf.PromptTuning(length=16)), False, _PROMPT),
+    PROMPTS: Approach(lambda model, tasks: _prompted(model), False, _PROMPT),
+    "SPoT": Approach(lambda model, tasks: _prompted(model), False, _PROMPT, _most_alike),
     "shared adapter": Approach(lambda model, tasks: _parallel(model), True, _ADAPTER),
     "task embeddings": Approach(
         lambda model, tasks: pf.generate(_parallel(model), generators.task_embeddings(tasks)), True, _HYPER
@@ -59,11 +96,8 @@ APPROACHES: dict[str, Approach] = {
     "HyperDecoder": Approach(
         lambda model, tasks: pf.generate(_parallel(model), generators.hyperdecoder(model.config.hidden_size)), True, _HYPER
     ),
-    "MPT": Approach(
-        lambda model, tasks: pf.generate(pf.adapt(model, pf.PromptTuning(length=16)), generators.MPT(tasks=tasks)),
-        True,
-        _PROMPT,
-    ),
+    "MPT": Approach(lambda model, tasks: pf.generate(_prompted(model), generators.MPT(tasks=tasks)), True, _PROMPT),
+    "ATTEMPT": Approach(_attempt, True, _PROMPT, _with_sources),
     "PHA": Approach(_pha, True, _HYPER),
     "PHA without its losses": Approach(lambda model, tasks: _pha(model, tasks, weight=0.0), True, _HYPER),
 }
@@ -103,8 +137,9 @@ def tune(
     batch_size: int,
     rate: float,
     seed: int,
+    start: Mapping[str, Any] | None = None,
 ) -> Tuned:
-    """Trains on all tasks: ``steps`` updates a task, whether each by itself or all together."""
+    """Trains on all tasks: ``steps`` updates a task, whether each by itself or all together; ``start``: see ``Approach``."""
     common: dict[str, Any] = {
         "batch_size": batch_size,
         "learning_rate": rate,
@@ -112,7 +147,14 @@ def tune(
         "devices": jax.devices()[:1],
         "progress": False,
     }
+    start = start or {}
     if not approach.together:
-        return Tuned(adapted, {task.name: pf.finetune(adapted, params, task, steps=steps, **common) for task in tasks})
-    tree = pf.finetune_together(adapted, params, tasks, steps=steps * len(tasks), temperature=math.inf, groups=4, **common)
+        found = {
+            task.name: pf.finetune(adapted, params, task, adapters=start.get(task.name), steps=steps, **common)
+            for task in tasks
+        }
+        return Tuned(adapted, found)
+    tree = pf.finetune_together(
+        adapted, params, tasks, adapters=start.get(""), steps=steps * len(tasks), temperature=math.inf, groups=4, **common
+    )
     return Tuned(adapted, {"": tree})

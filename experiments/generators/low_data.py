@@ -25,11 +25,11 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a script
 
 import pefusion_jax as pf
-from experiments.generators.approaches import APPROACHES, Tuned, tune
+from experiments.generators.approaches import APPROACHES, PROMPTS, Approach, Tuned, tune
 from experiments.rows import Rows
 from experiments.suites import data
 from pefusion_jax import files, generators
-from pefusion_jax.evaluation import plot_curves
+from pefusion_jax.evaluation import plot_curves, plot_matrix
 from pefusion_jax.tasks.task import stream
 
 
@@ -81,14 +81,27 @@ def main(settings: Settings) -> None:
     first = draw(min(settings.examples), settings.seeds[0])
     task_names = tuple(task.name for task in first)
     say(f"{settings.model}; tasks: {', '.join(task_names)}")
+    how: dict[str, Any] = {"steps": settings.steps, "batch_size": settings.batch_size}
+
+    def started(approach: Approach, adapted: Any, tasks: Any, seed: int) -> Any:
+        """Where training starts, if that is not the model's own start: with prompts that each task trained alone."""
+        if approach.start is None:
+            return None
+        if f"rate/{PROMPTS}" not in rows:
+            raise ValueError(f"the rate of {PROMPTS!r} is not known yet; put it before the others in --approaches")
+        prompts = APPROACHES[PROMPTS]
+        alone = prompts.build(model, task_names)
+        made = tune(prompts, alone, params, tasks, rate=rows[f"rate/{PROMPTS}"]["rate"], seed=seed, **how)
+        return approach.start(adapted, params, tasks, made.trees)
+
     for name in settings.approaches:
         approach = APPROACHES[name]
         adapted = approach.build(model, task_names)
-        how: dict[str, Any] = {"steps": settings.steps, "batch_size": settings.batch_size}
         if f"rate/{name}" not in rows:
             found = {}
             for rate in approach.rates:
-                tuned = tune(approach, adapted, params, first, rate=rate, seed=settings.seeds[0], **how)
+                start = started(approach, adapted, first, settings.seeds[0])
+                tuned = tune(approach, adapted, params, first, rate=rate, seed=settings.seeds[0], start=start, **how)
                 found[f"{rate:g}"] = tuned.scores(params, first, "validation").mean
                 say(f"{name}, rate {rate:g}: validation {found[f'{rate:g}']:.3f}")
             best = max(found.values())
@@ -99,12 +112,14 @@ def main(settings: Settings) -> None:
                 if key in rows:
                     continue
                 tasks = draw(count, seed)
-                start = time.monotonic()
-                tuned = tune(approach, adapted, params, tasks, rate=rows[f"rate/{name}"]["rate"], seed=seed, **how)
+                clock = time.monotonic()
+                start = started(approach, adapted, tasks, seed)
+                rate = rows[f"rate/{name}"]["rate"]
+                tuned = tune(approach, adapted, params, tasks, rate=rate, seed=seed, start=start, **how)
                 scores = tuned.scores(params, tasks, "test")
-                more = retrieval(tuned, params, tasks)
+                more = retrieval(tuned, params, tasks, f"{count}_{seed}", settings.out)
                 rows.put(key, approach=name, examples=count, seed=seed, trained=tuned.trained, **more, **scores.to_dict())
-                say(f"{name}, {count} examples, seed {seed}: {scores.mean:.3f} ({time.monotonic() - start:.0f} s)")
+                say(f"{name}, {count} examples, seed {seed}: {scores.mean:.3f} ({time.monotonic() - clock:.0f} s)")
         jax.clear_caches()  # nothing is shared between approaches
     write(rows.found, settings.out)
 
@@ -136,13 +151,19 @@ def tasks_of(settings: Settings, model: Any, params: Any) -> Callable[[int, int]
     return draw
 
 
-def retrieval(tuned: Tuned, params: Any, tasks: Any) -> dict[str, Any]:
-    """Share of each task's test examples that are nearest to its own prototype; nothing for models without."""
+def retrieval(tuned: Tuned, params: Any, tasks: Any, name: str, out: Path) -> dict[str, Any]:
+    """Share of each task's test examples that are nearest to its own prototype, and plots; nothing for models without."""
     generator = tuned.adapted.origin.generator if tuned.adapted.origin else None
     if not getattr(generator, "contrasts", False):
         return {}
-    table = generators.retrieval_table(tuned.adapted, params, tuned.trees[""], tasks, split="test")
-    return {"retrieval": {name: votes[name] for name, votes in table.items()}}
+    tree, names = tuned.trees[""], tuned.adapted.tasks
+    table = generators.retrieval_table(tuned.adapted, params, tree, tasks, split="test")
+    votes = [[table[task][other] for other in names] for task in names]
+    shown = {"rows": "task of the examples", "columns": "nearest prototype", "centre": None, "percent": True}
+    plot_matrix(votes, names, out / f"retrieval_{name}.png", label="% of the test examples", **shown)  # type: ignore[arg-type]
+    unit = tree["tasks"] / np.linalg.norm(tree["tasks"], axis=1, keepdims=True)
+    plot_matrix(unit @ unit.T, names, out / f"prototypes_{name}.png", label="cosine of prototypes")
+    return {"retrieval": {task: table[task][task] for task in names}}
 
 
 COLUMNS = ("approach", "examples", "seeds", "trained parameters", "mean", "mean sd", "worst task", "retrieval")

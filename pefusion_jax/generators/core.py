@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -26,6 +26,10 @@ class Generator(Protocol):
     ``tasks``: names of the tasks that it makes different adapters for, in order; empty if it makes one set of adapters.
     It may also have ``auxiliary``, a loss beside the tasks' own, or ``None``: ``(tree, outputs, inputs, base) -> []``, where
     ``inputs`` have the entry ``task`` and ``base()`` runs the model without adapters on them.
+
+    One that makes adapters for each row has ``observe(tree, params, inputs, base) -> [batch, ...]``, or a tree of such: what it
+    sees of the rows, from the base parameters by path and the model's inputs by name. Its ``make`` is mapped over the rows and
+    gets the pair ``(number or None, what it sees of the row)`` for ``task``.
     """
 
     @property
@@ -35,7 +39,7 @@ class Generator(Protocol):
         """A tree for adapters with these paths and shapes; float32, nested."""
         ...
 
-    def make(self, tree: Any, params: Flat, layout: Layout, task: jax.Array | None) -> Flat:
+    def make(self, tree: Any, params: Flat, layout: Layout, task: Any) -> Flat:
         """Path -> adapter leaf, from the base parameters and the number of one task."""
         ...
 
@@ -55,7 +59,7 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
     ``apply`` takes ``task``, int32 ``[]`` or ``[groups]``: the rows of the batch are ``groups`` blocks of equal size, in order,
     and each block belongs to one task. A single number costs what the plain adapter costs, beside the generation; with several,
     the model is mapped over the blocks, whose adapters are made once for each task present or for each task there is, whichever
-    are fewer.
+    are fewer. A generator that looks at the instance makes adapters for each row and maps the model over the rows.
 
     Args:
       adapted: what ``adapt`` returned.
@@ -63,7 +67,9 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
 
     Returns:
       The model. ``materialise(params, tree, task)`` gives the adapters of ``adapted`` for one task: to serve, to save, to
-      export, to fuse or to linearize like any other. ``deltas`` exist if the generator makes one set of adapters.
+      export, to fuse or to linearize like any other. ``deltas`` exist if the generator makes one set of adapters. Where it
+      looks at the instance, ``materialise(params, tree, task, inputs)`` gives adapters with the rows of the dictionary
+      ``inputs`` in front, and :func:`~pefusion_jax.generators.mean_adapters` a task's mean.
 
     Raises:
       ValueError: if ``adapted`` is linearized (linearize the result), or generated already; and, by ``init`` and ``apply``, if
@@ -83,7 +89,7 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         raise ValueError("the model does not say which methods it was adapted with; pass what adapt() returned")
     methods = adapted.origin.methods
     inner = adapted.expand
-    loss = getattr(generator, "auxiliary", None)
+    loss, observe = getattr(generator, "auxiliary", None), getattr(generator, "observe", None)
 
     def described(params: Any) -> tuple[Flat, Layout]:
         base = params["params"] if isinstance(params.get("params"), Mapping) else params
@@ -107,12 +113,22 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         every = jax.vmap(lambda task: one(params, tree, task))(jnp.arange(len(generator.tasks), dtype=jnp.int32))
         return jax.tree.map(lambda leaf: leaf[ids], every)
 
-    def adapters(params: Any, parts: Sequence[Any], ids: Any, exact: bool) -> tuple[Any, ...]:
+    def maker(params: Any, ids: Any, inputs: Any, kwargs: Any) -> Callable[[Any], Any]:
+        """Tree -> adapters; with the blocks in front where there are several, with the rows where these are observed."""
+        if observe is None:
+            return lambda tree: (one if ids is None or ids.ndim == 0 else several)(params, tree, ids)
+        named = _named(adapted.origin.model, inputs, kwargs)  # type: ignore[union-attr]
+
+        def of(tree: Any) -> Any:
+            seen = observe(tree, described(params)[0], named, lambda: adapted.base(params, *inputs, **kwargs))
+            batch = jax.tree.leaves(seen)[0].shape[0]
+            rows = None if ids is None else jnp.repeat(ids.reshape(-1), _rows(ids.size, batch))
+            return jax.vmap(lambda *row: one(params, tree, row))(rows, seen)
+
+        return of
+
+    def adapters(of: Callable[[Any], Any], parts: Sequence[Any], exact: bool) -> tuple[Any, ...]:
         """The adapters, and if there is a displacement of the tree theirs, to first order or exactly."""
-        if ids is None or ids.ndim == 0:
-            of = functools.partial(one, params, task=ids)
-        else:
-            of = functools.partial(several, params, ids=ids)
         if len(parts) == 1:
             return (of(parts[0]),)
         if not exact:
@@ -143,10 +159,10 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
 
     def run(call: Any, params: Any, parts: Sequence[Any], inputs: Any, task: Any, rngs: Any, kwargs: Any, exact: bool) -> Any:
         ids = numbers(task)
-        made = adapters(params, parts, ids, exact)
-        if ids is None or ids.ndim == 0:
+        made = adapters(maker(params, ids, inputs, kwargs), parts, exact)
+        if observe is None and (ids is None or ids.ndim == 0):
             return call(params, made, *inputs, **({} if rngs is None else {"rngs": rngs}), **kwargs)
-        return _by_block(call, ids.shape[0], params, made, inputs, rngs, kwargs)
+        return _by_block(call, jax.tree.leaves(made)[0].shape[0], params, made, inputs, rngs, kwargs)
 
     def init(key: jax.Array, params: Any, *inputs: Any, task: Any = None, **kwargs: Any) -> Any:
         del task  # the tree is the same for all
@@ -154,7 +170,9 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         template = trees.flat(adapted.init(template_key, params, *inputs, **kwargs))
         flat, layout = described(params)
         tree = generator.init(tree_key, template, flat, layout)
-        made = {path: leaf.shape for path, leaf in trees.flat(jax.eval_shape(materialise, params, tree, 0)).items()}
+        first = jnp.int32(0) if generator.tasks else None
+        shapes = jax.eval_shape(lambda params, tree: maker(params, first, inputs, kwargs)(tree), params, tree)
+        made = {path: leaf.shape[observe is not None :] for path, leaf in trees.flat(shapes).items()}
         if made != {path: leaf.shape for path, leaf in template.items()}:
             odd = next(
                 path for path in sorted({**made, **template}) if made.get(path) != getattr(template.get(path), "shape", None)
@@ -175,14 +193,14 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         del task
         return adapted.base(params, *inputs, **kwargs)
 
-    def materialise(params: Any, tree: Any, task: Any = None) -> Any:
-        if generator.tasks:
-            ids = numbers(0 if task is None and len(generator.tasks) == 1 else task)
-            return one(params, tree, ids) if ids.ndim == 0 else several(params, tree, ids)
-        return one(params, tree, None)
+    def materialise(params: Any, tree: Any, task: Any = None, inputs: Any = None) -> Any:
+        if inputs is None:
+            _refuse(observe)
+        ids = numbers(0 if task is None and len(generator.tasks) == 1 else task) if generator.tasks else None
+        return maker(params, ids, (), inputs or {})(tree)
 
     def deltas(params: Any, tree: Any) -> Delta:
-        _refuse_tasks(generator.tasks)
+        _refuse(observe, generator.tasks)
         return adapted.deltas(params, one(params, tree, None))
 
     def apply_deltas(params: Any, delta: Delta, *inputs: Any, task: Any = None, **kwargs: Any) -> Any:
@@ -198,8 +216,8 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         return forward
 
     def changes(params: Any, parts: Any, change: Any, exact: bool = False) -> Delta:
-        _refuse_tasks(generator.tasks)
-        return inner.changes(params, adapters(params, parts, None, exact), change)
+        _refuse(observe, generator.tasks)
+        return inner.changes(params, adapters(maker(params, None, (), {}), parts, exact), change)
 
     def auxiliary(params: Any, tree: Any, outputs: Any, inputs: Any) -> jax.Array:
         return loss(tree, outputs, inputs, lambda: base(params, **inputs))  # type: ignore[misc]
@@ -214,7 +232,7 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         moving=generator.moving,
         pushforward=None,
         expand=Expansions(forward=expand, changes=changes),
-        folds=adapted.folds and not generator.tasks,
+        folds=adapted.folds and not generator.tasks and observe is None,
         origin=dataclasses.replace(adapted.origin, generator=generator, inner=adapted),
         tasks=generator.tasks,
         materialise=materialise,
@@ -238,7 +256,13 @@ def _listed(tasks: Sequence[str]) -> str:
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
-def _refuse_tasks(tasks: Sequence[str]) -> None:
+def _refuse(observe: Any, tasks: Sequence[str] = ()) -> None:
+    if observe is not None:
+        raise ValueError(
+            "the generator makes other adapters for each input, so a task has no adapters and no weight-space change; take the "
+            "mean over instances, an approximation: "
+            'generators.mean_adapters(generated, params, tree, task_data, split="train", most=256)'
+        )
     if tasks:
         raise ValueError(
             "the generator makes other adapters for each task, so there is no one weight-space change; take one task's: "
@@ -246,18 +270,30 @@ def _refuse_tasks(tasks: Sequence[str]) -> None:
         )
 
 
-def _by_block(call: Any, groups: int, params: Any, made: Any, inputs: Any, rngs: Any, kwargs: Any) -> Any:
-    """Maps the model over blocks of rows, each with its own adapters."""
-    flat, structure = jax.tree.flatten((inputs, kwargs))
-    batch = next((leaf.shape[0] for leaf in flat if getattr(leaf, "ndim", 0)), None)
+def _named(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a call by name."""
+    if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+        return {**inputs[0], **kwargs}
+    given = inspect.signature(type(model).__call__).bind_partial(model, *inputs).arguments
+    return {**dict(list(given.items())[1:]), **kwargs}
+
+
+def _rows(groups: int, batch: int | None) -> int:
+    """The rows of a block."""
     if batch is None or batch % groups:
         raise ValueError(
             f"{groups} groups do not divide a batch of {batch} rows; task must be [groups] with batch % groups == 0"
         )
+    return batch // groups
+
+
+def _by_block(call: Any, groups: int, params: Any, made: Any, inputs: Any, rngs: Any, kwargs: Any) -> Any:
+    """Maps the model over blocks of rows, each with its own adapters."""
+    flat, structure = jax.tree.flatten((inputs, kwargs))
+    batch = next((leaf.shape[0] for leaf in flat if getattr(leaf, "ndim", 0)), None)
+    size = _rows(groups, batch)
     is_rows = [getattr(leaf, "ndim", 0) > 0 and leaf.shape[0] == batch for leaf in flat]
-    rows = [
-        leaf.reshape(groups, batch // groups, *leaf.shape[1:]) for leaf, mapped in zip(flat, is_rows, strict=True) if mapped
-    ]
+    rows = [leaf.reshape(groups, size, *leaf.shape[1:]) for leaf, mapped in zip(flat, is_rows, strict=True) if mapped]
     keys = None if rngs is None else jax.tree.map(lambda key: jax.random.split(key, groups), rngs)
 
     def block(adapters: Any, rows: Any, keys: Any) -> Any:
@@ -269,10 +305,10 @@ def _by_block(call: Any, groups: int, params: Any, made: Any, inputs: Any, rngs:
     outputs = jax.vmap(block)(made, rows, keys)
 
     def joined(leaf: jax.Array) -> jax.Array:
-        if leaf.ndim < 2 or leaf.shape[1] != batch // groups:
+        if leaf.ndim < 2 or leaf.shape[1] != size:
             raise ValueError(
-                f"an output of the model has the shape {leaf.shape[1:]} for {batch // groups} rows, without the rows in front "
-                "(a cache?), so blocks of several tasks cannot be joined; call the model for one task at a time"
+                f"an output of the model has the shape {leaf.shape[1:]} for {size} rows, without the rows in front "
+                "(a cache?), so blocks cannot be joined; call the model given to generate() with the adapters of one task"
             )
         return leaf.reshape(batch, *leaf.shape[2:])
 

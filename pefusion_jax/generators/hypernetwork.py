@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pefusion_jax import trees
-from pefusion_jax.generators import contrastive
+from pefusion_jax.generators import contrastive, kinds
 from pefusion_jax.generators.layout import Layout
 
 _EPSILON = 1e-6  # of the code's normalisation
@@ -96,10 +94,7 @@ class HyperNetwork:
                 raise ValueError(f"prototypes need two or more tasks to tell apart; there is {self.tasks[0]!r} alone")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0")
-        try:
-            re.compile(self.learned)
-        except re.error as error:
-            raise ValueError(f"learned={self.learned!r} is not a regular expression: {error}") from error
+        kinds.check_learned(self.learned)
 
     @property
     def contrasts(self) -> bool:
@@ -124,34 +119,17 @@ class HyperNetwork:
           ValueError: if all leaves are learned, or ``learned`` matches none though it is set.
         """
         del params
-        learned = {path: leaf for path, leaf in adapters.items() if re.fullmatch(self.learned, path)}
-        if len(learned) == len(adapters):
-            raise ValueError(f"learned={self.learned!r} matches every adapter leaf, so nothing is left to make")
-        if self.learned != r"(?!)" and not learned:
-            raise ValueError(f"learned={self.learned!r} matches no adapter leaf{trees.did_you_mean(self.learned, adapters)}")
-        made = layout.gather({path: leaf for path, leaf in adapters.items() if path not in learned})
+        learned, others = kinds.split_learned(self.learned, adapters)
+        made = layout.gather(others)
         keys = iter(jax.random.split(key, 16 + 16 * len(made)))
         flat: dict[str, Any] = {"tasks": jax.random.normal(next(keys), (len(self.tasks), self.task_size))}
-        for number, (sites, leaves) in enumerate(self._kinds(made, layout)):
+        for number, (sites, leaves) in enumerate(kinds.listed(made, layout, self.by_stack)):
             flat |= {f"kinds/{number}/{path}": leaf for path, leaf in self._kind(sites, leaves, layout, keys).items()}
-        flat |= {f"learned/{path}": jnp.asarray(leaf, jnp.float32) for path, leaf in learned.items()}
+        flat |= learned
         if self.retriever:
-            flat |= self._dense("retriever/in", keys, self.features, self.retriever[0])
-            flat |= self._dense("retriever/out", keys, *self.retriever)
+            flat |= kinds.dense("retriever/in", keys, self.features, self.retriever[0], self.start)
+            flat |= kinds.dense("retriever/out", keys, self.retriever[0], self.retriever[1], self.start)
         return trees.nest(flat)
-
-    def _kinds(self, made: dict[str, Any], layout: Layout) -> list[tuple[list[str], dict[str, tuple[int, ...]]]]:
-        """Sites (roles of modules) of one kind, with the shapes of a layer's leaves."""
-        sites: dict[str, dict[str, tuple[int, ...]]] = {}
-        for role, leaf in made.items():
-            site, _, name = role.rpartition("/")
-            sites.setdefault(site, {})[name] = leaf.shape if layout.layers(role) is None else leaf.shape[1:]
-        kinds: dict[Any, list[str]] = {}
-        for site, leaves in sites.items():
-            stack = site.partition("*")[0] if self.by_stack else ""
-            # Layers that share one table of embeddings must be as many.
-            kinds.setdefault((stack, layout.layers(site), tuple(sorted(leaves.items()))), []).append(site)
-        return [(found, dict(leaves)) for (_, _, leaves), found in sorted(kinds.items(), key=lambda kind: kind[1])]
 
     def _kind(self, sites: list[str], leaves: dict[str, tuple[int, ...]], layout: Layout, keys: Any) -> dict[str, Any]:
         layers = layout.layers(sites[0]) or 1
@@ -164,27 +142,13 @@ class HyperNetwork:
             width += self.layer_size
             tables = ["layers"] if self.places else [f"sites/{site}/layer" for site in sites]
             out |= {path: jax.random.normal(next(keys), (layers, self.layer_size)) for path in tables}
-        out |= self._dense("code/in", keys, width, self.hidden)
-        out |= self._dense("code/out", keys, self.hidden, self.code)
+        out |= kinds.dense("code/in", keys, width, self.hidden, self.start)
+        out |= kinds.dense("code/out", keys, self.hidden, self.code, self.start)
         out |= {"code/norm/scale": jnp.ones(self.code), "code/norm/bias": jnp.zeros(self.code)}
         front = (layers,) if self.by_layer else ()
         for where in [f"sites/{site}/heads" for site in sites] if self.by_layer else ["heads"]:
-            for name, shape in leaves.items():
-                fan_in = math.prod(shape[:-1]) if len(shape) > 1 else 1
-                bound = 1e-3 * math.sqrt(3 / (self.code * fan_in))
-                out[f"{where}/{name}/kernel"] = self._draw(next(keys), (*front, self.code, *shape), bound)
-                out[f"{where}/{name}/bias"] = jnp.zeros((*front, *shape))
+            out |= kinds.heads(where, keys, leaves, self.code, self.start, front)
         return out
-
-    def _dense(self, path: str, keys: Any, inputs: int, outputs: int) -> dict[str, jax.Array]:
-        bound = 1 / math.sqrt(inputs)
-        bias = jnp.zeros(outputs) if self.start == "normal" else self._draw(next(keys), (outputs,), bound)
-        return {f"{path}/kernel": self._draw(next(keys), (inputs, outputs), bound), f"{path}/bias": bias}
-
-    def _draw(self, key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
-        if self.start == "normal":
-            return 0.01 * jax.random.normal(key, shape)
-        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
     # --------------------------------------------------------------------------------------------------------- adapters
 
@@ -192,28 +156,19 @@ class HyperNetwork:
         """Site (a role) -> the codes of its layers for a task, ``[layer, code]``; ``[1, code]`` by layer."""
         out: dict[str, jax.Array] = {}
         for kind in tree["kinds"].values():
-            for site, own in _sites(kind).items():
+            for site, own in kinds.sites_of(kind).items():
                 layers = own.get("layer", kind.get("layers"))
                 count = 1 if layers is None else layers.shape[0]
                 parts = [tree["tasks"][task], *([own["place"]] if self.places else [])]
                 rows = [jnp.broadcast_to(part[None, :], (count, part.shape[0])) for part in parts]
                 u = jnp.concatenate([*rows, *([] if layers is None else [layers])], axis=-1)
-                code = _apply(kind["code"]["out"], jax.nn.relu(_apply(kind["code"]["in"], u)))
+                code = kinds.affine(kind["code"]["out"], jax.nn.relu(kinds.affine(kind["code"]["in"], u)))
                 out[site] = _normalised(code, kind["code"]["norm"])
         return out
 
     def leaves(self, tree: Any, codes: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Role -> ``[layer, ...]`` adapter leaf, from the codes: affine in them."""
-        out: dict[str, jax.Array] = {}
-        for kind in tree["kinds"].values():
-            for site, own in _sites(kind).items():
-                for name, head in (own["heads"] if self.by_layer else kind["heads"]).items():
-                    if self.by_layer:
-                        made = jnp.einsum("c,lc...->l...", codes[site][0], head["kernel"]) + head["bias"]
-                    else:
-                        made = jnp.tensordot(codes[site], head["kernel"], 1) + head["bias"][None]
-                    out[f"{site}/{name}" if site else name] = made
-        return out
+        return kinds.leaves(tree["kinds"], codes, self.by_layer)
 
     def make(self, tree: Any, params: dict[str, Any], layout: Layout, task: jax.Array | None) -> dict[str, Any]:
         """The adapter leaves of a task, learned ones among them."""
@@ -222,9 +177,7 @@ class HyperNetwork:
             raise ValueError(
                 f"the tree has {tree['tasks'].shape[0]} tasks, the generator {len(self.tasks)}: {', '.join(self.tasks)!r:.200}"
             )
-        made = self.leaves(tree, self.codes(tree, task))
-        made = {role: leaf if layout.layers(role) is not None else leaf[0] for role, leaf in made.items()}
-        return {**layout.spread(made), **trees.flat(tree.get("learned", {}))}
+        return kinds.adapters(tree, self.leaves(tree, self.codes(tree, task)), layout)
 
     def trained(self, tree: Any) -> dict[str, Any]:
         """What ``tune`` says; the retriever only where the losses that teach it are on."""
@@ -241,8 +194,8 @@ class HyperNetwork:
         """Where instances lie among the prototypes: :math:`z` ``[batch, task_size]`` of features ``[batch, d]``."""
         if "retriever" not in tree:
             raise ValueError("this generator has no retriever; make one with retriever=(128, task_size)")
-        middle = jax.nn.relu(_apply(tree["retriever"]["in"], features.astype(jnp.float32)))
-        return _apply(tree["retriever"]["out"], middle)
+        middle = jax.nn.relu(kinds.affine(tree["retriever"]["in"], features.astype(jnp.float32)))
+        return kinds.affine(tree["retriever"]["out"], middle)
 
     @property
     def auxiliary(self) -> Callable[..., jax.Array] | None:
@@ -311,19 +264,6 @@ def hyperformer_plus_plus(tasks: Any, **settings: Any) -> HyperNetwork:
     Reference: as :func:`hyperformer`.
     """
     return HyperNetwork(tasks=tuple(tasks), **{"start": "normal", "places": True, "by_stack": True, **settings})
-
-
-def _sites(kind: Any) -> dict[str, dict[str, Any]]:
-    """Role of each site of a kind -> its own leaves, nested."""
-    out: dict[str, dict[str, Any]] = {}
-    for path, leaf in sorted(trees.flat(kind["sites"]).items()):
-        site, _, rest = path.partition("/heads/") if "/heads/" in path else path.rpartition("/")
-        out.setdefault(site, {})["heads/" + rest if "/heads/" in path else rest] = leaf
-    return {site: trees.nest(own) for site, own in out.items()}
-
-
-def _apply(dense: Any, x: jax.Array) -> jax.Array:
-    return x @ dense["kernel"] + dense["bias"][None, :]
 
 
 def _normalised(x: jax.Array, norm: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""New tasks for a trained generator with prototypes: which known task they are like, and a prototype of their own."""
+"""What a trained generator makes of a task's data: which known task a new one is like, a prototype for it, mean adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pefusion_jax.adapt import Adapted
 from pefusion_jax.generators.contrastive import instance_features
 from pefusion_jax.generators.core import generate
 from pefusion_jax.generators.hypernetwork import HyperNetwork
-from pefusion_jax.tasks.task import Task, eval_batches
+from pefusion_jax.tasks.task import Task, eval_batches, task_number
 
 
 class Retrieval(NamedTuple):
@@ -147,6 +147,65 @@ def add_task(generated: Adapted, tree: Any, name: str, like: str | np.ndarray | 
     return generate(inner, grown), {**tree, "tasks": jnp.concatenate([embeddings, prototype[None]])}  # type: ignore[arg-type]
 
 
+def mean_adapters(
+    generated: Adapted,
+    params: Any,
+    tree: Any,
+    task: Task,
+    *,
+    split: str = "train",
+    most: int = 256,
+    batch_size: int = 16,
+) -> Any:
+    r"""One set of adapters for a task, from a generator that makes others for each instance.
+
+    .. math:: \bar\phi_t = \frac{1}{N} \sum_{i=1}^N G_\psi(x_i, t)
+
+    An approximation: the mean is that of the adapters and not of the outputs, or of the weight-space changes that factors such
+    as LoRA's multiply out to. It is exact where all instances get the same adapters. With heads that are affine in a code, as
+    those of :class:`HyperDecoder`, it is what they make of the mean code.
+
+    Args:
+      generated: a model from ``generate`` with a generator that looks at the instance, not linearized.
+      params: base parameters.
+      tree: the generator's.
+      task: whose inputs; labels are not looked at. For a generator with tasks its name says which.
+      split: whose inputs.
+      most: :math:`N`, or fewer where there are no more.
+      batch_size: rows whose adapters are held in memory at once.
+
+    Returns:
+      Adapters of the model that was given to ``generate``: ``generated.origin.inner``.
+
+    Raises:
+      ValueError: if the generator does not look at the instance, or there are no instances.
+
+    Reference: for H. Ivison, M. Peters, Hyperdecoders: Instance-specific decoders for multi-task NLP, 2022, the mean is ours;
+    they have no adapters of a task.
+    """
+    origin = generated.origin
+    if origin is None or origin.mode is not None or getattr(origin.generator, "observe", None) is None:
+        raise ValueError(
+            "mean_adapters is for a model from generate(), not linearized, whose generator looks at the instance, as "
+            "hyperdecoder(...) does; others give a task's adapters by generated.materialise(params, tree, task)"
+        )
+    if most < 1:
+        raise ValueError(f"most={most} instances; take the mean over one or more")
+    number = task_number(generated, task)
+    total, count = None, 0.0
+    for batch in eval_batches(task, split, batch_size):
+        weights = (np.asarray(batch["weights"]) > 0).astype(np.float32)
+        weights *= np.cumsum(weights) <= most - count
+        found = _summed(generated)(params, tree, batch["inputs"], number, weights)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        count += float(weights.sum())
+        if count >= most:
+            break
+    if not count:
+        raise ValueError(f"the split {split!r} of {task.name!r} has no instances to take the mean over; take another")
+    return jax.tree.map(lambda leaf: leaf / jnp.float32(count), total)
+
+
 def _hypernetwork(generated: Adapted) -> HyperNetwork:
     generator = None if generated.origin is None else generated.origin.generator
     if not isinstance(generator, HyperNetwork) or generated.origin.mode is not None:  # type: ignore[union-attr]
@@ -170,6 +229,16 @@ def _program(generated: Adapted, instances: str) -> Any:
         return _retriever(generated).retrieve(tree, instance_features(outputs, inputs))
 
     return codes
+
+
+@functools.lru_cache(maxsize=16)
+def _summed(generated: Adapted) -> Any:
+    @jax.jit
+    def total(params: Any, tree: Any, inputs: Any, number: Any, weights: jax.Array) -> Any:
+        rows = generated.materialise(params, tree, number, inputs)  # type: ignore[misc]
+        return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), rows)
+
+    return total
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

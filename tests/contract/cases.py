@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from models import Encoder, stack_layers
+from models import Encoder, Wide, stack_layers
 
 import pefusion_jax as pf
 from pefusion_jax.backbones import Tap
@@ -21,6 +21,8 @@ class Row(NamedTuple):
     ``zero_gradient``: regular expression of the leaves whose gradient is exactly zero at the start.
     ``linear_forward``, ``linear_gradient``: bounds on FLOPs of the network linearization in base forwards.
     ``folds``: false for methods that are no change of the weights, for which the tests of folding expect the error.
+    ``start``: largest change of an output that the start may make: a prompt is in the model from the start.
+    ``counted``: ``layout -> (model, parameters, inputs)`` whose FLOPs are counted, for methods that need token ids.
     ``model``: ``layout -> `` what the method is checked in. ``layouts``: those in which every guarantee is checked; that all
     layouts agree is checked for every method. ``variant``: other settings of a method above, whose steps need no devices.
     """
@@ -31,16 +33,22 @@ class Row(NamedTuple):
     linear_forward: float = 2.2
     linear_gradient: float = 3.3
     folds: bool = True
+    start: float = 0.0
+    counted: Callable[[str], Any] | None = None
     model: Callable[[str], Any] = Encoder
     layouts: tuple[str, ...] = ("loop", "remat", "scan")
     variant: bool = False
 
 
 class TappedBlock(nn.Module):
-    """A residual network with a tap at its end."""
+    """A residual network with a tap at its end, if wanted behind attention without weights."""
+
+    attends: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, _: Any = None) -> Any:
+        if self.attends:
+            x = x + jax.nn.softmax(x @ x.swapaxes(1, 2)) @ x
         y = nn.Dense(8, name="down")(jnp.tanh(nn.Dense(12, name="query")(x)))
         return x + Tap(name="tap")(y, x), None
 
@@ -49,6 +57,7 @@ class Tapped(nn.Module):
     """Token ids -> logits through two blocks with taps, which compile in a fraction of the time of an ``Encoder``."""
 
     layout: str = "loop"
+    attends: bool = False
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -56,11 +65,31 @@ class Tapped(nn.Module):
         x = embed(ids)
         if self.layout == "scan":
             scanned = nn.scan(TappedBlock, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=2)
-            return embed.attend(scanned(name="layers")(x, None)[0])
+            return embed.attend(scanned(self.attends, name="layers")(x, None)[0])
         block = nn.remat(TappedBlock) if self.layout == "remat" else TappedBlock
         for i in range(2):
-            x, _ = block(name=f"layer_{i}")(x)
+            x, _ = block(self.attends, name=f"layer_{i}")(x)
         return embed.attend(x)
+
+
+class WideText(nn.Module):
+    """Token ids -> ``Wide``, where every position knows the mean of all."""
+
+    layout: str = "loop"
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = nn.Embed(11, 256, name="embed")(ids)
+        wide = Wide(self.layout)
+        nn.share_scope(self, wide)
+        return wide(x + jnp.mean(x, axis=1, keepdims=True))
+
+
+def long_texts(layout: str) -> Any:
+    """A model for counting FLOPs, with texts that are long against a prompt: ``(model, params, inputs)``."""
+    ids = jnp.arange(64).reshape(1, 64) % 11
+    params = jax.jit(WideText("loop").init)(jax.random.key(0), ids)["params"]
+    return WideText(layout), stack_layers(params) if layout == "scan" else params, ids
 
 
 LAYERS = r".*(query|key|value|out|up|down|conv|embed)"
@@ -115,6 +144,18 @@ METHODS = [
         model=Tapped,
         layouts=("scan",),
         variant=True,
+    ),
+    # Two positions in front of each text: 66 in place of 64 where FLOPs are counted.
+    Row(
+        "prompt",
+        lambda t: pf.PromptTuning(length=2, init="unit", ids="ids", targets=t or "embed"),
+        start=10.0,
+        folds=False,
+        counted=long_texts,
+        linear_forward=2.2 * 66 / 64,
+        linear_gradient=3.3 * 66 / 64,
+        model=functools.partial(Tapped, attends=True),
+        layouts=("loop",),
     ),
 ]
 LAYOUTS = ["loop", "remat", "scan"]

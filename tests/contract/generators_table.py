@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import pefusion_jax as pf
 from pefusion_jax import generators, trees
@@ -23,6 +24,8 @@ IDS = jnp.arange(24).reshape(4, 6) % 11
 LORA = pf.LoRA(rank=2, alpha=4, targets=r".*/(query|value)")
 PARALLEL = pf.parallel(bottleneck=3)
 HOULSBY = pf.houlsby(bottleneck=2, norm=True)
+PROMPT = pf.PromptTuning(length=2, init="unit")
+SOURCES = np.random.default_rng(0).normal(size=(2, 2, 8)).astype(np.float32)
 
 
 class Row(NamedTuple):
@@ -30,6 +33,7 @@ class Row(NamedTuple):
 
     ``start``: largest change of an output that the start may make: some generators begin near the base model and not at it.
     ``zero_gradient``: regular expression of the leaves whose gradient is exactly zero at the start.
+    ``per_row``: why it makes adapters for each row, so that a task has none of its own; empty if it does not.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Row(NamedTuple):
     generator: Any
     start: float = 0.0
     zero_gradient: str = r"(?!)"
+    per_row: str = ""
 
 
 # A new generator is one row here.
@@ -47,6 +52,22 @@ GENERATORS = [
     Row("pha", PARALLEL, generators.pha(TASKS, features=8, learned=r".*_bias"), start=1e-3, zero_gradient=r"retriever/.*"),
     Row("hyperformer", PARALLEL, generators.hyperformer(TASKS), start=2.0),
     Row("hyperformer_plus_plus", HOULSBY, generators.hyperformer_plus_plus(TASKS), start=2.0),
+    # A prompt changes the model from the start.
+    Row("mpt", PROMPT, generators.MPT(tasks=TASKS, rank=2), start=5.0),
+    Row(
+        "hyperdecoder",
+        LORA,
+        generators.hyperdecoder(features=8, hidden=64),
+        start=1e-3,
+        per_row="made from the row's hidden states",
+    ),
+    Row(
+        "attempt",
+        PROMPT,
+        generators.Attempt(sources=("mnli", "qqp"), tasks=TASKS, width=4, temperature=2.0, prompts=SOURCES),
+        start=5.0,
+        per_row="mixed by attention to the row's words",
+    ),
 ]
 LAYOUTS = ["loop", "scan"]
 
@@ -117,3 +138,21 @@ def stacked(tree: Any) -> Any:
 
 def hidden(apply: Callable[..., Any]) -> Callable[..., Any]:
     return lambda params, tree, inputs: apply(params, tree, **inputs).last_hidden_state
+
+
+@functools.cache
+def makes(made: pf.Adapted) -> Callable[..., Any]:
+    return jax.jit(made.materialise)  # type: ignore[arg-type]
+
+
+def materialised(case: Case) -> list[tuple[Any, slice]]:
+    """Sets of adapters, and the rows of ``IDS`` that get them when ``apply`` takes the case's inputs."""
+    if case.row.per_row:
+        rows = makes(case.made)(case.params, case.point, case.inputs.get("task"), {"input_ids": IDS})
+        return [(jax.tree.map(lambda leaf, n=n: leaf[n], rows), slice(n, n + 1)) for n in range(IDS.shape[0])]
+    names = [TASKS[n] for n in case.inputs["task"]] if case.made.tasks else [None]
+    size = IDS.shape[0] // len(names)
+    return [
+        (case.made.materialise(case.params, case.point, name), slice(n * size, (n + 1) * size))  # type: ignore[misc]
+        for n, name in enumerate(names)
+    ]

@@ -52,7 +52,9 @@ def test_identity_at_initialisation(case):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(created))
     base = jit(case.adapted.base)(case.params, case.ids)
     adapted = jit(case.adapted.apply)(case.params, created, case.ids)
-    np.testing.assert_array_equal(adapted, base)
+    assert adapted.shape == base.shape
+    gap = np.abs(adapted - base).max()
+    assert gap <= case.row.start and (gap > 0) == (case.row.start > 0)
 
 
 def test_activation_path_equals_folded_path(case):
@@ -234,7 +236,8 @@ def test_a_rule_that_matches_nothing_names_the_nearest_paths(name):
 
 
 def test_misspelled_adapters_are_an_error(loop):
-    wrong = {("layer_9" if k == "layer_0" else k): v for k, v in loop.point.items()}
+    first = "layer_0" if "layer_0" in loop.point else "embed"
+    wrong = {("layer_9" if k == first else k): v for k, v in loop.point.items()}
     with pytest.raises(ValueError, match=r"'layer_9/.*no such module.*layer_"):
         loop.adapted.apply(loop.params, wrong, loop.ids)
 
@@ -251,9 +254,9 @@ def test_base_parameters_are_not_copied(loop):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_flops_of_the_linearization(name, layout, wide_model):
     """XLA's own count on a model whose width is large against the rank, relative to one forward of the base."""
-    model, params, inputs = wide_model(layout)
     row = next(row for row in METHODS if row.name == name)
-    adapted = pf.adapt(model, row.make(r".*(up|down)"))
+    model, params, inputs = (row.counted or wide_model)(layout)
+    adapted = pf.adapt(model, row.make("" if row.counted else r".*(up|down)"))
     phi0 = adapted.init(jax.random.key(0), params, inputs)
     linear = pf.linearize(adapted, phi0)
     tau = linear.trainable(linear.init(jax.random.key(0), params, inputs))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generators_table import CONFIG, GENERATORS, IDS, LAYOUTS, TASKS, build, hidden, stacked
+from generators_table import CONFIG, GENERATORS, IDS, LAYOUTS, build, hidden, materialised, stacked
 
 import pefusion_jax as pf
 from pefusion_jax import trees
@@ -64,13 +64,9 @@ def test_start_is_the_base_model_or_documented_to_be_near_it(case):
 
 
 def test_model_is_the_one_below_with_the_adapters_that_were_made(loop):
-    names = [TASKS[n] for n in loop.inputs["task"]] if loop.made.tasks else [None]
-    rows = IDS.shape[0] // len(names)
     expected = []
-    for block, name in enumerate(names):
-        adapters = loop.made.materialise(loop.params, loop.point, name)
-        whole = run(loop.inner)(loop.params, adapters, {"input_ids": IDS})
-        expected.append(whole[block * rows : (block + 1) * rows])
+    for adapters, rows in materialised(loop):
+        expected.append(run(loop.inner)(loop.params, adapters, {"input_ids": IDS})[rows])
     got = run(loop.made)(loop.params, loop.point, loop.inputs)
     np.testing.assert_allclose(got, np.concatenate(expected), atol=5e-6)
     assert np.abs(got - base_output("loop")).max() > 1e-2, "the adapters changed nothing, so nothing was compared"
@@ -126,7 +122,7 @@ def test_network_linearization_is_the_first_order_term_and_affine(case):
 
 
 @pytest.mark.parametrize("mode", ["layer", "weight"])
-@pytest.mark.parametrize("name", ["cond_lora", "task_embeddings"])
+@pytest.mark.parametrize("name", ["cond_lora", "task_embeddings", "hyperdecoder"])
 def test_other_linearizations_see_the_generator_through(name, mode):
     first_order(build(name, "loop"), mode)
 
@@ -138,8 +134,7 @@ def test_weight_linearization_of_what_does_not_fold_is_refused():
 
 
 def test_what_is_made_fuses_and_folds_like_any_adapter(loop):
-    names = TASKS if loop.made.tasks else (None,)
-    adapters = [loop.made.materialise(loop.params, loop.point, name) for name in names]
+    adapters = [adapters for adapters, _ in materialised(loop)]
     fused = pf.fuse(pf.fusion.average(), adapters)
     assert trees.paths(fused).keys() == trees.paths(adapters[0]).keys()
     if loop.inner.folds:
