@@ -25,6 +25,7 @@ from pefusion_jax.deltas import Delta, LowRank, fold
 from pefusion_jax.layers import Layer
 from pefusion_jax.layerwise import separate, stacked_layers
 from pefusion_jax.moments import Moments, Statistics, diagonal_moment
+from pefusion_jax.tasks.metrics import token_cross_entropy
 from pefusion_jax.tasks.task import Batch, Head, Task, eval_batches, task_number, train_batch
 
 KINDS = ("inputs", "outputs", "fisher")
@@ -107,7 +108,7 @@ def statistics(
         raise ValueError(f"examples={examples} and batch_size={batch_size} must be 1 or more")
     if isinstance(data, Task):
         head = data.head
-        likelihood = likelihood or ("categorical" if data.classes else "gaussian")
+        likelihood = likelihood or ("categorical" if data.classes or data.loss is token_cross_entropy else "gaussian")
     if head is None:
         raise ValueError("batches come without a prediction: pass head=, as a task has it, or pass the task")
     if adapted.tasks and isinstance(data, Task) and not isinstance(tree, Delta):
@@ -300,7 +301,7 @@ def _program(
                 noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys)
                 return jnp.sum(noise * (z - fixed))
             drawn = jax.vmap(jax.random.categorical)(keys, fixed)
-            return jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(z, axis=-1), drawn[:, None], axis=-1))
+            return jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(z, axis=-1), drawn[..., None], axis=-1))
 
         return jax.grad(score, allow_int=True)(outputs)
 

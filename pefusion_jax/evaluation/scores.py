@@ -178,7 +178,11 @@ def predict(
 
     Returns:
       Features ``[n, d]`` and labels ``[n]`` of the split's real rows, in its order.
+
+    Raises:
+      ValueError: for a task that is not scored by a head, see :func:`named_tasks`.
     """
+    named_tasks([task])
     kind = tree_kind(tree)
     return features_of(kind, adapted, params, tree, task.head, batches_of(kind, adapted, task, split, batch_size))
 
@@ -194,16 +198,25 @@ def head_logits(head: Head, features: np.ndarray, *, rows: int = 256) -> np.ndar
     return np.concatenate(out)
 
 
-def named_tasks(tasks: Iterable[Task] | Mapping[str, Task]) -> dict[str, Task]:
+def named_tasks(tasks: Iterable[Task] | Mapping[str, Task], *, by_head: bool = True) -> dict[str, Task]:
     """Tasks by their own names, in the order given.
 
+    Args:
+      tasks: the tasks, or a mapping whose values they are.
+      by_head: whether all must be scored by their head's logits, of features that are kept.
+
     Raises:
-      ValueError: if there are none, or two have the same name.
+      ValueError: if there are none, two have the same name, or one has a ``predict`` of its own, where the head is needed.
     """
     by_name: dict[str, Task] = {}
     for task in tasks.values() if isinstance(tasks, Mapping) else tasks:
         if task.name in by_name:
             raise ValueError(f"two tasks are named {task.name!r}; give each task a name of its own")
+        if by_head and task.predict is not None:
+            raise ValueError(
+                f"task {task.name!r} is scored by its own predict, not by its head: its features cannot stand for the model. "
+                "Score it with pf.evaluate, one tree at a time"
+            )
         by_name[task.name] = task
     if not by_name:
         raise ValueError("there is nothing to evaluate: no tasks were given; pass at least one")
@@ -237,10 +250,13 @@ def standard_error(task: Task, logits: np.ndarray, labels: np.ndarray, score: fl
 
 def _evaluate(mode: str, adapted: Any, params: Any, tree: Any, tasks: Any, split: str, batch_size: int) -> Scores:
     values, errors, counts = {}, {}, {}
-    for name, task in named_tasks(tasks).items():
+    for name, task in named_tasks(tasks, by_head=False).items():
         batches = batches_of(mode, adapted, task, split, batch_size)
-        features, labels = features_of(mode, adapted, params, tree, task.head, batches)
-        logits = head_logits(task.head, features)
+        if task.predict is None:
+            features, labels = features_of(mode, adapted, params, tree, task.head, batches)
+            logits = head_logits(task.head, features)
+        else:
+            logits, labels = _predicted(mode, adapted, params, tree, task, batches)
         values[name] = task.metric(logits, labels)
         errors[name] = standard_error(task, logits, labels, values[name])
         counts[name] = len(labels)
@@ -270,6 +286,19 @@ def features_of(
         real.append(batch["weights"] > 0)
     keep = np.concatenate(real)
     return np.concatenate([np.asarray(rows) for rows in features])[keep], np.concatenate(labels)[keep]
+
+
+def _predicted(
+    mode: str, adapted: Any, params: Any, tree: Any, task: Task, batches: Iterable[Batch]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a task's own ``predict`` makes of batches, and their labels."""
+    found, labels, real = [], [], []
+    for batch in batches:
+        found.append(task.predict(mode, adapted, params, tree, batch["inputs"]))  # type: ignore[misc]
+        labels.append(batch["labels"])
+        real.append(batch["weights"] > 0)
+    keep = np.concatenate(real)
+    return np.concatenate([np.asarray(rows) for rows in found])[keep], np.concatenate(labels)[keep]
 
 
 # Keyed by functions, which live at module level or in an Adapted; arrays are always arguments of the

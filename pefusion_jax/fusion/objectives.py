@@ -87,6 +87,8 @@ def objective(
             raise ValueError(f"two tasks are named {task.name!r}; give each task a name of its own")
         if kind == "entropy" and not task.classes:
             raise ValueError(f"task {task.name!r} is a regression, whose predictions have no entropy; use kind='cross_entropy'")
+        if kind == "entropy" and task.predict is not None:
+            raise ValueError(f"task {task.name!r} is scored by its own predict, not by its head; use kind='cross_entropy'")
         task_number(adapted, task)  # an unknown task is an error now
         function = _loss_of(adapted, task.head.features, task.head.logits, None if kind == "entropy" else task.loss)
         arrays = {"params": params, "head": task.head.params, "init": init}

@@ -15,12 +15,16 @@ from pefusion_jax.tasks.heads import (
 from pefusion_jax.tasks.metrics import (
     accuracy,
     cross_entropy,
+    exact_match,
     macro_f1,
     matthews,
     pearson,
     smoothed_cross_entropy,
+    smoothed_token_cross_entropy,
     spearman,
     squared_error,
+    token_cross_entropy,
+    token_f1,
 )
 from pefusion_jax.tasks.mixed import mixed_batch
 from pefusion_jax.tasks.sources import (
@@ -34,8 +38,10 @@ from pefusion_jax.tasks.sources import (
     parquet_source,
 )
 from pefusion_jax.tasks.suites import base_apply, embedded_tasks, folder_task, text_task
+from pefusion_jax.tasks.targets import target_features
 from pefusion_jax.tasks.task import Batch, Head, Task, eval_batches, inputs_for, train_batch
 from pefusion_jax.tasks.text import TextEncoder
+from pefusion_jax.tasks.text_to_text import text_to_text
 from pefusion_jax.tasks.tfds import TfdsExamples, tfds_source
 
 __all__ = [
@@ -57,6 +63,7 @@ __all__ = [
     "embedded_path",
     "embedded_tasks",
     "eval_batches",
+    "exact_match",
     "features_of",
     "folder_task",
     "folder_task_source",
@@ -72,10 +79,15 @@ __all__ = [
     "pearson",
     "prototype_head",
     "smoothed_cross_entropy",
+    "smoothed_token_cross_entropy",
     "spearman",
     "squared_error",
+    "target_features",
     "text_task",
+    "text_to_text",
     "tfds_source",
+    "token_cross_entropy",
+    "token_f1",
     "train_batch",
     "whitened_logits",
     "zero_shot_head",

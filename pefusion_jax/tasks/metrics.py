@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Callable
+import re
+import string
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +59,56 @@ def smoothed_cross_entropy(smoothing: float) -> Callable[[jax.Array, jax.Array],
         return (1.0 - smoothing) * cross_entropy(logits, labels) + smoothing * spread
 
     return loss
+
+
+def token_cross_entropy(logits: jax.Array, labels: Any) -> jax.Array:
+    r"""Mean negative log-likelihood of the target's tokens, per example.
+
+    .. math:: \ell = \frac{1}{T} \sum_{t \le T} \log \sum_v e^{z_{tv} - z_{t y_t}}
+
+    Args:
+      logits: ``[batch, seq, vocab]``, relative to the target's: :math:`z_{tv} - z_{t y_t}`, as ``target_features`` makes them.
+        All are 0 where there is no token, which counts for nothing.
+      labels: not used: the target is in the logits.
+
+    Returns:
+      ``[batch]``, float32.
+    """
+    del labels
+    logits = logits.astype(jnp.float32)
+    return _token_mean(logits, jax.nn.logsumexp(logits, axis=-1))
+
+
+@functools.lru_cache(maxsize=64)
+def smoothed_token_cross_entropy(smoothing: float) -> Callable[[jax.Array, Any], jax.Array]:
+    r"""The tokens' cross-entropy with label smoothing over the vocabulary; one function for each value.
+
+    .. math:: \ell = (1 - \epsilon)\, \ell_{\text{target}} + \frac{\epsilon}{T V} \sum_{t,v} -\log p_{tv}
+
+    Args:
+      smoothing: :math:`\epsilon`, from 0 to below 1.
+
+    Returns:
+      ``(logits, labels) -> [batch]``, see :func:`token_cross_entropy`.
+
+    Reference: C. Szegedy et al., Rethinking the Inception Architecture for Computer Vision, 2016.
+    """
+
+    def loss(logits: jax.Array, labels: Any) -> jax.Array:
+        del labels
+        logits = logits.astype(jnp.float32)
+        # -log p_v = logsumexp(z - z_y) - (z_v - z_y): the target's share of the smoothing is its 0.
+        return _token_mean(logits, jax.nn.logsumexp(logits, axis=-1) - smoothing * jnp.mean(logits, axis=-1))
+
+    return loss
+
+
+def _token_mean(logits: jax.Array, each: jax.Array) -> jax.Array:
+    """Means of ``[batch, seq]`` over the positions that have a token."""
+    real = jnp.any(logits != 0, axis=-1)
+    # A model that gives all tokens the same logit looks like a row without tokens; it is to learn all the same.
+    real = real | ~jnp.any(real, axis=1, keepdims=True)
+    return jnp.sum(jnp.where(real, each, jnp.float32(0)), axis=1) / jnp.sum(real.astype(jnp.float32), axis=1)
 
 
 def squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -138,6 +191,47 @@ def spearman(logits: Any, labels: Any) -> float:
     """
     first, second = _scores(logits, labels)
     return _correlation(_ranks(first), _ranks(second))
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Share of texts that are the reference, but for case, punctuation, articles and spaces.
+
+    Args:
+      predictions: ``[n]`` texts.
+      references: ``[n]`` texts.
+
+    Reference: P. Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, 2016, for the normalisation.
+    """
+    return float(np.mean([one == two for one, two in _words(predictions, references)]))
+
+
+def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Mean over texts of the F1 score of the words that prediction and reference share, normalised as in :func:`exact_match`.
+
+    Two texts without a word match; one without does not.
+
+    Args:
+      predictions: ``[n]`` texts.
+      references: ``[n]`` texts.
+
+    Reference: see :func:`exact_match`.
+    """
+    scores = []
+    for one, two in _words(predictions, references):
+        shared = sum((collections.Counter(one) & collections.Counter(two)).values())
+        scores.append(float(one == two) if not one or not two else 2 * shared / (len(one) + len(two)))
+    return float(np.mean(scores))
+
+
+def _words(predictions: Sequence[str], references: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+    if len(predictions) != len(references) or not len(references):
+        raise ValueError(f"{len(predictions)} predictions and {len(references)} references must be as many, and at least one")
+    drop = str.maketrans("", "", string.punctuation)
+
+    def words(text: str) -> list[str]:
+        return re.sub(r"\b(a|an|the)\b", " ", str(text).lower().translate(drop)).split()
+
+    return [(words(one), words(two)) for one, two in zip(predictions, references, strict=True)]
 
 
 def _predicted(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,9 @@ class Task:
       metric: ``(logits [n, classes], labels [n]) -> float``, larger is better.
       loss: ``(logits, labels) -> [batch]``, a module-level function.
       label: name of the label's field, or ``(example) -> label``. A label is a number, or one of ``classes``.
+      predict: ``(kind, adapted, params, tree, inputs) -> [batch, ...]``, which the metric gets in place of the head's logits,
+        for tasks that need more than these. ``kind`` says how the model takes ``tree``: ``"adapters"``, ``"delta"``, or
+        ``"base"``, without it.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Task:
     metric: Callable[[Any, Any], float]
     loss: Callable[..., jax.Array]
     label: str | Callable[[Any], Any] = "label"
+    predict: Callable[..., Any] | None = None
     _prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def batch(self, examples: Sequence[Any]) -> Batch:
@@ -124,34 +128,40 @@ class Task:
         labels = []
         for row, example in enumerate(examples):
             try:
-                labels.append(self._number(example))
+                labels.append(label_number(example, self.label, self.classes))
             except ValueError as error:
                 raise ValueError(f"{self._where(examples, name, row)}: {error}") from error
         return np.asarray(labels, np.int32 if self.classes else np.float32)
 
-    def _number(self, example: Any) -> int | float:
-        if callable(self.label):
-            value = self.label(example)
-        elif self.label in example:
-            value = example[self.label]
-        else:
-            raise ValueError(f"no field {self.label!r}, there are {sorted(example)}; name the label's field in Task(label=...)")
-        if isinstance(value, np.ndarray) and value.ndim == 0:
-            value = value[()]
-        if not self.classes:
-            if isinstance(value, numbers.Real) and not isinstance(value, bool) and np.isfinite(float(value)):
-                return float(value)
-            raise ValueError(f"label {value!r} is not a finite number; a task without classes is a regression")
-        if isinstance(value, str) and value in self.classes:
-            return self.classes.index(value)
-        if isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= int(value) < len(self.classes):
-            return int(value)
-        known = ", ".join(map(repr, self.classes[:8])) + (", ..." if len(self.classes) > 8 else "")
-        hint = " (-1 marks a hidden test label: use the validation split)" if value == -1 else ""
-        raise ValueError(
-            f"label {value!r} is neither a number from 0 to {len(self.classes) - 1} nor one of the classes {known}{hint}; "
-            "correct the row, or the task's classes"
-        )
+
+def label_number(example: Any, label: str | Callable[[Any], Any], classes: Sequence[str]) -> int | float:
+    """The number of an example's class, or its target; see :class:`Task` for the arguments.
+
+    Raises:
+      ValueError: for a label that is missing, or not of the task.
+    """
+    if callable(label):
+        value = label(example)
+    elif label in example:
+        value = example[label]
+    else:
+        raise ValueError(f"no field {label!r}, there are {sorted(example)}; name the label's field in Task(label=...)")
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if not classes:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and np.isfinite(float(value)):
+            return float(value)
+        raise ValueError(f"label {value!r} is not a finite number; a task without classes is a regression")
+    if isinstance(value, str) and value in classes:
+        return classes.index(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= int(value) < len(classes):
+        return int(value)
+    known = ", ".join(map(repr, classes[:8])) + (", ..." if len(classes) > 8 else "")
+    hint = " (-1 marks a hidden test label: use the validation split)" if value == -1 else ""
+    raise ValueError(
+        f"label {value!r} is neither a number from 0 to {len(classes) - 1} nor one of the classes {known}{hint}; "
+        "correct the row, or the task's classes"
+    )
 
 
 def _batch(inputs: dict[str, np.ndarray], labels: np.ndarray, weights: np.ndarray) -> Batch:
@@ -248,8 +258,12 @@ def task_number(adapted: Any, task: Task) -> int | None:
     """The task's place among the tasks of a model; ``None`` for a model that makes no difference between tasks.
 
     Raises:
-      ValueError: if there are tasks, but not this one, with the names and the nearest of them.
+      ValueError: if there are tasks, but not this one, with the names and the nearest of them; or if the task's encoder has a
+        ``refuses`` that says why its inputs are not for this model.
     """
+    refuses = getattr(getattr(task, "encode", None), "refuses", None)  # a task of one's own may lack an encoder
+    if refuses is not None and adapted is not None and (message := refuses(adapted)) is not None:
+        raise ValueError(f"task {task.name!r}: {message}")
     names = getattr(adapted, "tasks", ())  # None is no model; a model of one's own may lack it
     if not names:
         return None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pefusion_jax import trees
-from pefusion_jax.tasks.metrics import cross_entropy, smoothed_cross_entropy
+from pefusion_jax.tasks.metrics import cross_entropy, smoothed_cross_entropy, smoothed_token_cross_entropy, token_cross_entropy
 
 
 class TaskLoss(NamedTuple):
@@ -26,7 +26,7 @@ class TaskLoss(NamedTuple):
 
 
 def loss_of(task: Any, label_smoothing: float) -> Callable[..., jax.Array]:
-    """A task's loss, smoothed if it is the cross-entropy.
+    """A task's loss, smoothed if it is a cross-entropy, of classes or of tokens.
 
     Raises:
       ValueError: if ``label_smoothing`` is not in [0, 1), or the task has classes and another loss.
@@ -35,6 +35,8 @@ def loss_of(task: Any, label_smoothing: float) -> Callable[..., jax.Array]:
         raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
     if not label_smoothing or not task.classes:
         return task.loss
+    if task.loss is token_cross_entropy:
+        return smoothed_token_cross_entropy(float(label_smoothing))
     if task.loss is not cross_entropy:
         raise ValueError(
             f"label_smoothing={label_smoothing} smooths tasks.cross_entropy, but task {task.name!r} has a loss of its own; "
@@ -133,8 +135,9 @@ def _by_group(
     """Losses ``[rows]`` of blocks of rows, each under its own task's head and loss."""
     groups = task.shape[0]
     own = jax.tree.map(lambda leaf: leaf[task], heads)
-    scores = jax.vmap(logits)(own, features.reshape(groups, -1, features.shape[-1]))
-    scores = scores.reshape(features.shape[0], -1)
+    # Features of tokens have more axes.
+    scores = jax.vmap(logits)(own, features.reshape(groups, -1, *features.shape[1:]))
+    scores = scores.reshape(features.shape[0], *scores.shape[2:])
     kinds = list(dict.fromkeys(table))
     kind = jnp.repeat(jnp.asarray([kinds.index(each) for each in table], jnp.int32)[task], features.shape[0] // groups)
     losses = jnp.zeros(features.shape[0], jnp.float32)

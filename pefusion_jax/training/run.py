@@ -341,16 +341,21 @@ def score(adapted: Any, params: Any, adapters: Any, task: Any, batch_size: int, 
     """The task's metric on its validation split; larger is better."""
     head_params = parallel.replicate(task.head.params, devices)
     forward = _logits(adapted, task.head.features, task.head.logits)
+    predict = getattr(task, "predict", None)  # a task of one's own may lack it
     logits, labels = [], []
     for batch in eval_batches(task, "validation", batch_size):
         real = batch["weights"] > 0
         # The task's number is added last: it is one for all rows, and not split.
         inputs = inputs_for(adapted, task, parallel.split_rows(batch["inputs"], devices))
-        logits.append(np.asarray(forward(params, adapters, head_params, inputs))[real])
+        if predict is None:
+            found = forward(params, adapters, head_params, inputs)
+        else:
+            found = predict("adapters", adapted, params, adapters, inputs)
+        logits.append(np.asarray(found)[real])
         labels.append(batch["labels"][real])
-    found = float(task.metric(np.concatenate(logits), np.concatenate(labels)))
-    if not math.isfinite(found):
+    value = float(task.metric(np.concatenate(logits), np.concatenate(labels)))
+    if not math.isfinite(value):
         raise NonFiniteError(
-            f"task {task.name!r}: the validation score is {found}; its metric may not be defined on this split"
+            f"task {task.name!r}: the validation score is {value}; its metric may not be defined on this split"
         )
-    return found
+    return value

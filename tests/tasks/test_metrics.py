@@ -8,12 +8,14 @@ import sklearn.metrics
 from pefusion_jax.tasks import (
     accuracy,
     cross_entropy,
+    exact_match,
     macro_f1,
     matthews,
     pearson,
     smoothed_cross_entropy,
     spearman,
     squared_error,
+    token_f1,
 )
 
 
@@ -89,3 +91,21 @@ def test_shapes_and_nan_are_errors():
         accuracy(np.zeros((0, 2)), np.zeros(0, int))
     with pytest.raises(ValueError, match="1 of 2 examples are not numbers"):
         macro_f1(np.array([[0.0, 1.0], [np.nan, 0.0]]), np.array([0, 1]))
+
+
+def test_texts_are_compared_as_by_squad():
+    pairs = [
+        ("The Cat!", "cat"),
+        ("a an the", ""),
+        ("two cats", "cats two"),
+        ("x y y", "y y z w"),
+        ("", "the end"),
+        ("e.g. 5", "eg 5"),
+    ]
+    found, wanted = zip(*pairs, strict=True)
+    assert exact_match(found, wanted) == pytest.approx(3 / 6)
+    # Two of three words found, two of four wanted.
+    assert token_f1(found, wanted) == pytest.approx((1 + 1 + 1 + 2 * (2 / 3 * 2 / 4) / (2 / 3 + 2 / 4) + 0 + 1) / 6)
+    for metric in (exact_match, token_f1):
+        with pytest.raises(ValueError, match="2 predictions and 1 references"):
+            metric(["a", "b"], ["a"])
