@@ -27,7 +27,7 @@ from experiments.suites import data
 from pefusion_jax import files, generators, trees
 from pefusion_jax import tasks as task_tools
 from pefusion_jax.training import parallel
-from pefusion_jax.training.step import default_optimizer, init_state, learning_rate_schedule
+from pefusion_jax.training.step import default_optimizer, init_state, rate_of, with_rate
 
 TARGETS = r".*/(query|value|q|v)"
 RATES = (3e-4, 1e-3, 3e-3)
@@ -130,8 +130,7 @@ def main(settings: Settings) -> None:
 def speed(kinds: dict[str, pf.Adapted], params: Any, task: Any, settings: Settings) -> dict[str, Any]:
     """Seconds of a training step of each kind, taken in turns, and their FLOPs by XLA's count."""
     devices = tuple(jax.devices()[:1])
-    schedule = learning_rate_schedule(1e-3, "linear", 0.1, settings.steps)
-    optimizer = default_optimizer(schedule, 0.0)
+    optimizer = default_optimizer("linear", 0.0)
     batch = task_tools.train_batch(task, 0, settings.batch_size, 0)
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     flops, steps = {}, {}
@@ -139,9 +138,20 @@ def speed(kinds: dict[str, pf.Adapted], params: Any, task: Any, settings: Settin
         tree = adapted.init(jax.random.key(0), params, **batch["inputs"])
         trained, held = trees.split(tree, adapted.trainable(tree))
         run = parallel.compiled_step(
-            adapted, optimizer, task.head.features, task.head.logits, task.loss, 1, 1.0, True, schedule, "pmap", devices
+            adapted,
+            optimizer,
+            task.head.features,
+            task.head.logits,
+            task.loss,
+            1,
+            1.0,
+            True,
+            rate_of("linear"),
+            "pmap",
+            devices,
         )
-        state = parallel.replicate(init_state(trained, optimizer, 0), devices, copy=True)
+        state = with_rate(init_state(trained, optimizer, 0), 1e-3, 0.1, settings.steps)
+        state = parallel.replicate(state, devices, copy=True)
         fixed = parallel.replicate((params, held, task.head.params), devices)
         given = parallel.place_batch(batch, "pmap", devices)
         steps[kind] = [run, state, fixed, given]

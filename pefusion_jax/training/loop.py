@@ -65,7 +65,7 @@ def finetune(
       steps: number of updates in all, also for a resumed run.
       batch_size: number of examples of an update over all devices, micro-batches and processes.
       learning_rate: largest learning rate. Not used with a schedule or an optimizer of your own.
-      schedule: ``"cosine"``, ``"constant"``, or a function of the step such as optax's.
+      schedule: ``"cosine"``, ``"linear"``, ``"constant"``, or a function of the step such as optax's.
       warmup: share of the steps in which the rate rises linearly.
       weight_decay: decoupled weight decay of the trained leaves.
       clip: largest norm of the gradient, ``None`` for no limit.

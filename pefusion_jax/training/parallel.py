@@ -81,7 +81,7 @@ def compiled_step(
     accumulate: int,
     clip: float | None,
     stochastic: bool,
-    schedule: Callable[..., Any] | None,
+    rate: Callable[..., Any] | None,
     mapping: str,
     devices: tuple[jax.Device, ...],
     penalty: Callable[..., Any] | None = None,
@@ -96,7 +96,7 @@ def compiled_step(
         accumulate=accumulate,
         clip=clip,
         stochastic=stochastic,
-        schedule=schedule,
+        rate=rate,
         axis_name=AXIS,
         penalty=penalty,
     )

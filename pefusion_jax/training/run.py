@@ -26,7 +26,7 @@ from pefusion_jax.tasks import Batch, Head, eval_batches
 from pefusion_jax.tasks.task import inputs_for
 from pefusion_jax.training import checkpoint, parallel
 from pefusion_jax.training.logging import MetricsFile, Monitor
-from pefusion_jax.training.step import NonFiniteError, Schedule, default_optimizer, init_state, learning_rate_schedule
+from pefusion_jax.training.step import NonFiniteError, Schedule, default_optimizer, init_state, rate_of, with_rate
 
 
 class Preempted(Exception):
@@ -129,13 +129,9 @@ def run(adapted: Any, params: Any, settings: Settings, plan: Plan) -> dict[str, 
     of, adapters, everywhere = settings, settings.adapters, settings.everywhere
     here = parallel.held_devices(of.mapping, everywhere)
     optimizer = of.optimizer
-    rate: Schedule | None = None
+    rate: Callable[[Any], Any] | None = None
     if optimizer is None:
-        if callable(of.schedule):
-            rate = of.schedule
-        else:
-            rate = learning_rate_schedule(float(of.learning_rate), of.schedule, float(of.warmup), of.steps)
-        optimizer = default_optimizer(rate, float(of.weight_decay))
+        optimizer, rate = default_optimizer(of.schedule, float(of.weight_decay)), rate_of(of.schedule)
     advance = parallel.compiled_step(
         adapted,
         optimizer,
@@ -154,6 +150,8 @@ def run(adapted: Any, params: Any, settings: Settings, plan: Plan) -> dict[str, 
         adapters = adapted.init(jax.random.key(of.seed), params, **plan.init_inputs())
     trained, held = trees.split(adapters, adapted.trainable(adapters))
     state = init_state(trained, optimizer, of.seed)
+    if of.optimizer is None and not callable(of.schedule):
+        state = with_rate(state, float(of.learning_rate), float(of.warmup), of.steps)
     # The best score, its adapters, and with patience the number of validations since.
     best: Any = (np.asarray(-np.inf), parallel.unreplicate(state.adapters)) if of.validate_every else ()
     best += (np.asarray(0),) if of.patience else ()

@@ -15,6 +15,7 @@ from pefusion_jax import trees
 from pefusion_jax.training.losses import weighted_losses
 
 Schedule = Callable[[Any], Any]
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 class State(NamedTuple):
@@ -37,45 +38,88 @@ class NonFiniteError(ValueError):
     """A loss, a gradient or an update became NaN or infinite; the message names the step and the first bad path."""
 
 
-@functools.lru_cache(maxsize=256)
-def learning_rate_schedule(learning_rate: float, schedule: str, warmup: float, steps: int) -> Schedule:
-    r"""Linear warm-up, then a cosine to zero or a constant.
+class Rate(NamedTuple):
+    """What the learning rate depends on. These are arrays in the optimizer's state, so one program serves all of them.
 
-    .. math:: \eta_k = \eta \min\left(\frac{k + 1}{w + 1}, \tfrac12 (1 + \cos \pi \tfrac{\max(k - w, 0)}{K - w})\right)
+    Attributes:
+      made: ``[]`` int32, number of updates made.
+      peak: ``[]`` float32, the largest value.
+      rising: ``[]`` float32, number of steps of the warm-up.
+      steps: ``[]`` float32, number of all steps.
+    """
 
-    Args:
-      learning_rate: :math:`\eta`, the largest value.
-      schedule: ``"cosine"`` or ``"constant"`` (without the second term).
-      warmup: share of the steps in which the rate rises, :math:`w = \mathrm{round}(\mathrm{warmup} \cdot K)`.
-      steps: :math:`K`.
+    made: jax.Array
+    peak: jax.Array
+    rising: jax.Array
+    steps: jax.Array
 
-    Returns:
-      ``step -> learning rate``, the same object for the same arguments.
+
+def learning_rate(schedule: str, rate: Rate) -> jax.Array:
+    r"""Linear warm-up, then a cosine or a line to zero, or a constant.
+
+    .. math:: \eta_k = \eta \min\left(\frac{k + 1}{w + 1}, c(p)\right), \quad p = \frac{\max(k - w, 0)}{K - w}, \quad
+       c(p) = \tfrac12 (1 + \cos \pi p),\ 1 - p \text{ or } 1
+
+    with :math:`k` updates made, :math:`w` steps of warm-up and :math:`K` steps in all.
+    """
+    k = rate.made.astype(jnp.float32)
+    factor = jnp.minimum((k + 1.0) / (rate.rising + 1.0), 1.0)
+    progress = jnp.clip((k - rate.rising) / jnp.maximum(rate.steps - rate.rising, 1.0), 0.0, 1.0)
+    if schedule == "cosine":
+        factor = jnp.minimum(factor, 0.5 * (1.0 + jnp.cos(math.pi * progress)))
+    elif schedule == "linear":
+        factor = jnp.minimum(factor, 1.0 - progress)
+    return rate.peak * factor
+
+
+@functools.lru_cache(maxsize=64)
+def default_optimizer(schedule: str | Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """AdamW with optax's default moments; the same object for the same arguments, so that programs are reused.
+
+    Its numbers come from :func:`with_rate`, unless ``schedule`` is a function of the step.
 
     Raises:
-      ValueError: for an unknown schedule or a warm-up outside [0, 1).
+      ValueError: for an unknown schedule.
     """
-    if schedule not in ("cosine", "constant"):
-        raise ValueError(f"schedule={schedule!r} is unknown; choose 'cosine' or 'constant', or pass a function of the step")
+    if callable(schedule):
+        return optax.adamw(schedule, weight_decay=weight_decay)
+    if schedule not in SCHEDULES:
+        known = ", ".join(map(repr, SCHEDULES))
+        raise ValueError(f"schedule={schedule!r} is unknown; choose one of {known}, or pass a function of the step")
+
+    def init(params: Any) -> Rate:
+        del params
+        return Rate(jnp.zeros((), jnp.int32), *(jnp.zeros((), jnp.float32) for _ in range(3)))
+
+    def update(updates: Any, state: Rate, params: Any = None) -> tuple[Any, Rate]:
+        del params
+        size = learning_rate(schedule, state)
+        return jax.tree.map(lambda u: -size * u, updates), state._replace(made=state.made + 1)
+
+    return optax.chain(
+        optax.scale_by_adam(), optax.add_decayed_weights(weight_decay), optax.GradientTransformation(init, update)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def rate_of(schedule: str | Schedule) -> Callable[[State], Any]:
+    """``state -> learning rate of the next update`` of :func:`default_optimizer`; the same object for the same schedule."""
+    if callable(schedule):
+        return lambda state: schedule(state.step)
+    return lambda state: learning_rate(schedule, state.opt_state[-1])
+
+
+def with_rate(state: State, peak: float, warmup: float, steps: int) -> State:
+    """The state with the numbers of the schedule: the largest rate, the share of the steps in which it rises, the steps.
+
+    Raises:
+      ValueError: for a warm-up outside [0, 1).
+    """
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup={warmup} is a share of the steps; it must be at least 0 and below 1")
-    rising = round(warmup * steps)
-
-    def rate(count: Any) -> jax.Array:
-        k = jnp.asarray(count).astype(jnp.float32)
-        factor = jnp.minimum((k + 1.0) / (rising + 1.0), 1.0)
-        if schedule == "cosine":
-            progress = jnp.clip((k - rising) / max(steps - rising, 1), 0.0, 1.0)
-            factor = jnp.minimum(factor, 0.5 * (1.0 + jnp.cos(math.pi * progress)))
-        return learning_rate * factor
-
-    return rate
-
-
-@functools.lru_cache(maxsize=256)
-def default_optimizer(schedule: Schedule, weight_decay: float) -> optax.GradientTransformation:
-    """AdamW with optax's default moments; the same object for the same arguments, so that programs are reused."""
-    return optax.adamw(schedule, weight_decay=weight_decay)
+    numbers = (jnp.float32(value) for value in (peak, round(warmup * steps), steps))
+    *others, rate = state.opt_state
+    return state._replace(opt_state=(*others, Rate(rate.made, *numbers)))
 
 
 def init_state(trained: Mapping[str, Any], optimizer: optax.GradientTransformation, seed: int) -> State:
@@ -111,7 +155,7 @@ def make_step(
     accumulate: int = 1,
     clip: float | None = 1.0,
     stochastic: bool = True,
-    schedule: Schedule | None = None,
+    rate: Callable[[State], Any] | None = None,
     axis_name: str = "data",
     penalty: Callable[..., jax.Array] | None = None,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
@@ -134,7 +178,7 @@ def make_step(
       clip: largest Euclidean norm of the reduced gradient, ``None`` for no limit.
       stochastic: whether ``apply`` gets ``rngs={"dropout": key}``. The key depends on the step, the device and the
         micro-batch: with dropout, other numbers of devices draw other masks.
-      schedule: ``step -> learning rate``, for the metrics only.
+      rate: ``state -> learning rate``, for the metrics only.
       axis_name: name of the mapped axis.
       penalty: ``(penalty_params, adapted, params, adapters) -> []``, added to :math:`L` with its gradient, once for all
         devices. The step's ``head_params`` is then the pair ``(head_params, penalty_params)``.
@@ -193,7 +237,7 @@ def make_step(
             clipped = grads if clip is None else optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())[0]
             updates, opt_state = optimizer.update(clipped, state.opt_state, state.adapters, value=mean_loss)
             adapters = optax.apply_updates(state.adapters, updates)
-            rate = jnp.asarray(jnp.nan if schedule is None else schedule(state.step), jnp.float32)
+            now = jnp.asarray(jnp.nan if rate is None else rate(state), jnp.float32)
 
         broken = jnp.concatenate([_broken(grads), _broken(adapters)])
         finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm) & ~jnp.any(broken)
@@ -204,7 +248,7 @@ def make_step(
             "loss": mean_loss,
             "grad_norm": grad_norm,
             "examples": examples,
-            "learning_rate": rate,
+            "learning_rate": now,
             "finite": finite,
             "bad": jnp.where(jnp.any(broken), jnp.argmax(broken), -1).astype(jnp.int32),
             **({"task_losses": by_task} if isinstance(loss, tuple) else {}),

@@ -194,7 +194,7 @@ def test_own_schedule_and_weight_decay():
         ({"validate_every": -1}, "validate_every=-1"),
         ({"batch_size": 12, "devices": jax.devices()[:8]}, "nearest sizes that do: 8, 16"),
         ({"mapping": "vmap"}, "choose one of 'pmap', 'shard_map'"),
-        ({"schedule": "step"}, "choose 'cosine' or 'constant'"),
+        ({"schedule": "step"}, "choose one of 'cosine', 'linear', 'constant'"),
         ({"adapters": {"up": {}}}, "no trained leaf"),
     ],
 )

@@ -15,7 +15,7 @@ import pefusion_jax as pf
 from pefusion_jax import trees
 from pefusion_jax.tasks import train_batch
 from pefusion_jax.training import NonFiniteError, finetune, parallel
-from pefusion_jax.training.step import default_optimizer, describe_bad, init_state, learning_rate_schedule, make_step
+from pefusion_jax.training.step import Rate, default_optimizer, describe_bad, init_state, learning_rate, make_step, with_rate
 
 ONE = jax.devices()[:1]
 
@@ -65,7 +65,7 @@ def test_finetune_equals_a_plain_loop(clip):
     task = toy.make_task()
     start = adapted.init(jax.random.key(5), params, np.ones((1, toy.FEATURES), np.float32))
     settings = dict(steps=7, batch_size=8, learning_rate=0.02, clip=clip, weight_decay=0.1, schedule="cosine", warmup=0.3)
-    optimizer = optax.adamw(learning_rate_schedule(0.02, "cosine", 0.3, 7), weight_decay=0.1)
+    optimizer = optax.adamw(lambda k: learning_rate("cosine", rate_at(k, 0.02, 2, 7)), weight_decay=0.1)
     expected, _ = reference(adapted, params, task, start, 7, 8, optimizer, clip)
     actual = finetune(adapted, params, task, adapters=start, devices=ONE, **settings)
     assert largest_difference(actual, expected) < 2e-5
@@ -102,7 +102,7 @@ def test_metrics_report_the_norm_before_clipping_and_the_rate():
     task = toy.make_task()
     tree = adapted.init(jax.random.key(5), params, np.ones((1, toy.FEATURES), np.float32))
     batch = train_batch(task, 0, 8, 0)
-    after, metrics = run_once(adapted, params, tree, task, batch, clip=1e-3, schedule=lambda k: 0.25)
+    after, metrics = run_once(adapted, params, tree, task, batch, clip=1e-3, rate=lambda state: 0.25)
     moved = jax.tree.map(lambda new, old: (np.asarray(old) - np.asarray(new)) / 0.1, after.adapters, tree)
     assert float(trees.norm(jax.tree.map(jnp.asarray, moved))) == pytest.approx(1e-3, rel=1e-2)
     assert metrics["grad_norm"] > 1e-2
@@ -213,16 +213,35 @@ def test_what_cannot_be_trained_is_refused(tree, message):
         init_state(tree, optax.sgd(0.1), 0)
 
 
+def rate_at(count, peak, rising, steps):
+    return Rate(jnp.asarray(count, jnp.int32), *(jnp.float32(value) for value in (peak, rising, steps)))
+
+
 def test_schedule_is_the_formula():
-    rate = learning_rate_schedule(0.5, "cosine", 0.2, 50)
     w = 10
-    for k in range(50):
-        expected = 0.5 * min((k + 1) / (w + 1), 0.5 * (1 + np.cos(np.pi * max(k - w, 0) / (50 - w))))
-        assert float(rate(jnp.int32(k))) == pytest.approx(expected, rel=1e-5, abs=1e-8)
-    constant = learning_rate_schedule(0.5, "constant", 0.0, 50)
-    assert [float(constant(k)) for k in (0, 49, 90)] == [0.5] * 3
-    assert default_optimizer(rate, 0.0) is default_optimizer(learning_rate_schedule(0.5, "cosine", 0.2, 50), 0.0)
-    with pytest.raises(ValueError, match="choose 'cosine' or 'constant'"):
-        learning_rate_schedule(0.5, "linear", 0.0, 50)
+    falling = {"cosine": lambda p: 0.5 * (1 + np.cos(np.pi * p)), "linear": lambda p: 1 - p, "constant": lambda p: 1.0}
+    for schedule, curve in falling.items():
+        for k in range(0, 50, 7):
+            expected = 0.5 * min((k + 1) / (w + 1), curve(max(k - w, 0) / (50 - w)))
+            assert float(learning_rate(schedule, rate_at(k, 0.5, w, 50))) == pytest.approx(expected, rel=1e-5, abs=1e-8)
+    assert float(learning_rate("constant", rate_at(90, 0.5, 0, 50))) == 0.5
+    assert default_optimizer("cosine", 0.0) is default_optimizer("cosine", 0.0)
+    with pytest.raises(ValueError, match="choose one of 'cosine', 'linear', 'constant'"):
+        default_optimizer("step", 0.0)
+    state = init_state({"a": np.zeros(2, np.float32)}, default_optimizer("linear", 0.0), 0)
+    rate = with_rate(state, 0.5, 0.2, 50).opt_state[-1]
+    assert [float(value) for value in rate] == [0, 0.5, 10, 50]
     with pytest.raises(ValueError, match="warmup=1.5"):
-        learning_rate_schedule(0.5, "cosine", 1.5, 50)
+        with_rate(state, 0.5, 1.5, 50)
+
+
+def test_other_rates_and_lengths_run_the_same_program():
+    adapted, params = toy.make_model()
+    task = toy.make_task()
+    settings = dict(batch_size=8, devices=ONE, stochastic=False)
+    start = adapted.init(jax.random.key(5), params, np.ones((1, toy.FEATURES), np.float32))
+    first = finetune(adapted, params, task, adapters=start, steps=3, learning_rate=0.02, **settings)
+    before = parallel.compiled_step.cache_info().misses
+    second = finetune(adapted, params, task, adapters=start, steps=4, learning_rate=0.05, **settings)
+    assert parallel.compiled_step.cache_info().misses == before
+    assert largest_difference(first, second) > 1e-3
