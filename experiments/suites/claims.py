@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 import pefusion_jax as pf
-from experiments.suites import scoring
-from experiments.suites.kinds import Base, Tuned
-from pefusion_jax import evaluation, fusion
+from experiments.suites import scoring, tables
+from experiments.suites.kinds import KINDS, Base, Tuned
+from pefusion_jax import evaluation, files, fusion, trees
 
 SUBSETS = 4  # of each size, the same for every kind of tuning
 ALPHAS = np.linspace(-2.0, 2.0, 9)
@@ -25,13 +25,25 @@ PAIRS = 3
 
 
 def angles(tuned: Tuned, params: Any, out: Path, name: str) -> dict[str, Any]:
-    """Mean cosine between the weight changes of different tasks, and its mean magnitude; the matrix as a plot with its CSV."""
+    """Mean cosine between the weight changes of different tasks, and its mean magnitude; the matrix as a plot with its CSV.
+
+    The paper's angles are those of the trained factors, so these are measured as well.
+    """
     found = evaluation.cosine(tuned.changes(params))
     evaluation.plot_matrix(
         found.overall, found.names, out / f"cosine_{name}.png", title=f"{tuned.kind.title}: task vectors", label="cosine"
     )
-    apart = found.overall[~np.eye(len(found.names), dtype=bool)]
-    return {"mean cosine": float(apart.mean()), "mean |cosine|": float(np.abs(apart).mean()), "largest": float(apart.max())}
+    others = ~np.eye(len(found.names), dtype=bool)
+    apart = found.overall[others]
+    still = 0.0 if tuned.kind.mode == "network" else 1.0  # displacements start at zero
+    moved = {task: jax.tree.map(lambda a, b: a - still * b, tree, tuned.start) for task, tree in tuned.trees.items()}
+    factors = np.asarray(trees.cosine(moved))[others]
+    return {
+        "mean cosine": float(apart.mean()),
+        "mean |cosine|": float(np.abs(apart).mean()),
+        "largest": float(apart.max()),
+        "mean |cosine| of factors": float(np.abs(factors).mean()),
+    }
 
 
 def disentanglement(tuned: Tuned, base: Base, tasks: Sequence[Any], out: Path, name: str) -> dict[str, Any]:
@@ -85,3 +97,53 @@ def over_subsets(
             "sd": float(np.std(normalized)),
         }
     return rows
+
+
+def write(rows: Mapping[str, Any], out: Path) -> None:
+    """``claims.md``: each claim with the figures of every kind that was measured, and a plot of scores over subsets."""
+    kinds = [kind for kind in KINDS if f"claims/{kind}/subsets" in rows]
+    if len(kinds) < 2 or "lora" not in kinds:
+        return
+    of = {part: {kind: rows[f"claims/{kind}/{part}"] for kind in kinds} for part in ("angles", "disentanglement", "subsets")}
+    lines_of = tables.summarize(rows)
+    best = {
+        kind: max(
+            line["normalized"]
+            for line in lines_of
+            if line["kind"] == KINDS[kind].title and line["data"] in ("none", "statistics")
+        )
+        for kind in kinds
+    }
+    sizes = sorted(map(int, of["subsets"]["lora"]))
+    sub = {kind: [of["subsets"][kind][str(size)]["normalized"] for size in sizes] for kind in kinds}
+    table = [
+        (f"task arithmetic on {size} tasks, normalized", {k: sub[k][place] for k in kinds}) for place, size in enumerate(sizes)
+    ]
+    table += [
+        ("best method without other tasks' data, normalized", best),
+        ("mean absolute cosine of weight changes", {k: of["angles"][k]["mean |cosine|"] for k in kinds}),
+        ("mean absolute cosine of factors", {k: of["angles"][k]["mean |cosine| of factors"] for k in kinds}),
+        ("disentanglement error on [0, 1]^2", {k: of["disentanglement"][k]["error on [0, 1]^2"] for k in kinds}),
+        ("disentanglement error on [-2, 2]^2", {k: of["disentanglement"][k]["error"] for k in kinds}),
+    ]
+    lines = ["| | " + " | ".join(KINDS[kind].title for kind in kinds) + " |", "| --- |" + " ---: |" * len(kinds)]
+    for what, values in table:
+        lines.append(f"| {what} | " + " | ".join(f"{values[kind]:.3f}" for kind in kinds) + " |")
+    lines.append("")
+    linear = [kind for kind in kinds if KINDS[kind].mode is not None]
+    for kind in linear:
+        title = KINDS[kind].title
+        gap = [ours - theirs for ours, theirs in zip(sub[kind], sub["lora"], strict=True)]
+        verdicts = {
+            "fuses better than LoRA": gap[-1] > 0 and best[kind] > best["lora"],
+            "the gap to LoRA grows with the number of tasks": gap[-1] > 0 and gap[-1] > gap[0],
+            "task vectors are less alike": table[-3][1][kind] < table[-3][1]["lora"],
+            "disentanglement error is lower": table[-2][1][kind] < table[-2][1]["lora"],
+        }
+        lines += [f"- {title}: {what}: {'reproduced' if held else 'not reproduced'} here." for what, held in verdicts.items()]
+    files.write_atomically(out / "claims.md", ("\n".join(lines) + "\n").encode())
+    curves = {}
+    for kind in kinds:
+        found = of["subsets"][kind]
+        curves[KINDS[kind].title] = {float(n): (found[str(n)]["normalized"], found[str(n)]["sd"]) for n in sizes}
+    evaluation.plot_curves(curves, out / "subsets.png", x="number of fused tasks", y="normalized score, task arithmetic")

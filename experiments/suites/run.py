@@ -85,7 +85,7 @@ def main(settings: Settings) -> None:
     names = ("suite", "model", "steps", "batch_size", "rank", "alpha", "validation_examples", "test_examples", "rate_task")
     rows = Rows(settings.out / "rows.json", {name: getattr(settings, name) for name in names})
     if settings.stages == ("tables",):
-        tables.write(rows.found, settings.out)
+        report(rows.found, settings.out)
         return
     base, tasks = load(settings)
     say(f"{base.name}: {len(tasks)} tasks: {', '.join(task.name for task in tasks)}")
@@ -111,7 +111,13 @@ def main(settings: Settings) -> None:
             rows.put(f"multi-task/{seed}", seed=seed, kind="lora", method="multi-task training", data="all", **scores.to_dict())
             say(f"seed {seed}: multi-task LoRA {scores.mean:.3f}")
     if "tables" in settings.stages:
-        tables.write(rows.found, settings.out)
+        report(rows.found, settings.out)
+
+
+def report(rows: dict[str, Any], out: Path) -> None:
+    """Tables of the methods and of the claims."""
+    tables.write(rows, out)
+    claims.write(rows, out)
 
 
 def load(settings: Settings) -> tuple[Base, list[Any]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.suites.kinds import KINDS
+from experiments.suites.methods import METHODS
 from pefusion_jax import files
 
 COLUMNS = ("kind", "method", "data", "seeds", "mean", "mean sd", "normalized", "normalized sd", "worst", "of LoRA")
@@ -54,6 +55,28 @@ def summarize(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: (order.get(line["kind"], -1), -(line["mean"] or 0)))
 
 
+NEEDS = ("nothing", "stored statistics", "unlabelled examples", "labelled examples")
+
+
+def best_rows(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best line of each kind among the methods that need no more than this of other tasks' data.
+
+    A length that is chosen by validation scores needs labelled examples, whatever the method itself needs.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in lines:
+        method = METHODS.get(line["method"])
+        if method is None or line["normalized"] is None:
+            continue
+        own = {"none": 0, "statistics": 1, "unlabelled": 2, "labelled": 3}[method.data]
+        for place, need in enumerate(NEEDS):
+            if (own if method.fixed else 3) <= place:
+                key = (line["kind"], need)
+                if key not in found or line["normalized"] > found[key]["normalized"]:
+                    found[key] = {**line, "needs at most": need}
+    return list(found.values())
+
+
 def _mean(values: list[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
@@ -70,10 +93,14 @@ def write(rows: Mapping[str, Any], out: Path) -> None:
     writer.writeheader()
     writer.writerows(lines)
     files.write_atomically(out / "results.csv", text.getvalue().encode())
-    cells = [[_cell(line[column]) for column in COLUMNS] for line in lines]
-    table = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * 3 + " ---: |" * (len(COLUMNS) - 3)]
-    table += ["| " + " | ".join(row) + " |" for row in cells]
+    few = ("kind", "needs at most", "method", "seeds", "mean", "normalized", "worst")
+    table = [*_table(few, best_rows(lines), 3), "", *_table(COLUMNS, lines, 3)]
     files.write_atomically(out / "results.md", ("\n".join(table) + "\n").encode())
+
+
+def _table(columns: Sequence[str], lines: list[dict[str, Any]], texts: int) -> list[str]:
+    head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * texts + " ---: |" * (len(columns) - texts)]
+    return head + ["| " + " | ".join(_cell(line[column]) for column in columns) + " |" for line in lines]
 
 
 def _cell(value: Any) -> str:
