@@ -1,9 +1,12 @@
-"""Results by key in one JSON file, written after every one: a run that was cut off goes on where it stopped."""
+"""What long experiments share: results on disk after every one, a clock in front of every line, tables."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from pefusion_jax import files
 
 
 class Rows:
-    """Rows by key, on disk after every one."""
+    """Rows by key in one JSON file: a run that was cut off goes on where it stopped."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Reads what is there.
@@ -31,8 +34,36 @@ class Rows:
     def __getitem__(self, key: str) -> Any:
         return self.found[key]
 
-    def put(self, key: str, **row: Any) -> Any:
+    def put(self, key: str, **row: Any) -> None:
         """Adds a row and writes the file."""
         self.found[key] = row
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(self.path, self.found)
-        return row
+
+
+def clock() -> Callable[[str], None]:
+    """``print`` with the seconds since now in front."""
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
+
+    return say
+
+
+def markdown(columns: Sequence[str], lines: Iterable[Sequence[Any]], *, texts: int = 1) -> list[str]:
+    """The lines of a table, all columns but the first ``texts`` set to the right."""
+    head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * texts + " ---: |" * (len(columns) - texts)]
+    return head + ["| " + " | ".join(_cell(value) for value in line) + " |" for line in lines]
+
+
+def write_tables(out: Path, *parts: Iterable[str], columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    """Writes ``results.md``, its parts with a blank line between, and ``results.csv``."""
+    files.write_atomically(out / "results.md", ("\n\n".join("\n".join(part) for part in parts) + "\n").encode())
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *lines])
+    files.write_atomically(out / "results.csv", text.getvalue().encode())
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)

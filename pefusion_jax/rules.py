@@ -58,10 +58,12 @@ class Method(Protocol):
 
 
 def join(site: str, name: str) -> str:
+    """Path of a leaf; a site may be the model itself."""
     return f"{site}/{name}" if site else name
 
 
 def first(rules: Sequence[Method], path: str) -> Any:
+    """The first method whose targets match the whole path, or ``None``."""
     return next((rule for rule in rules if re.fullmatch(rule.targets, path)), None)
 
 
@@ -93,6 +95,7 @@ def owner_on_parameters(rules: Sequence[Method], path: str) -> Any:
 
 
 def sees(rule: Any, layer: Layer) -> bool:
+    """Whether a layer, which may be a tap, is any of the method's business."""
     return bool(layer.kernel) or getattr(rule, "taps", False)
 
 
@@ -158,6 +161,7 @@ def refuse_taken(leaves: Iterable[str], parameters: Mapping[str, Any]) -> None:
 
 
 def unmatched(rule: Method, known: Any, what: str) -> str:
+    """What to say of a method whose targets match nothing."""
     plain = re.sub(r"\\.|[\\^$*+?{}()|\[\].]", "", rule.targets.split("|")[0])
     return (
         f"targets={rule.targets!r} matches no {what} that {type(rule).__name__} can adapt"

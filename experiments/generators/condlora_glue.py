@@ -22,9 +22,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a script
 
 import pefusion_jax as pf
-from experiments.rows import Rows
+from experiments.rows import Rows, clock, markdown, write_tables
 from experiments.suites import data
-from pefusion_jax import files, generators, trees
+from pefusion_jax import generators, trees
 from pefusion_jax import tasks as task_tools
 from pefusion_jax.training import parallel
 from pefusion_jax.training.step import default_optimizer, init_state, rate_of, with_rate
@@ -71,11 +71,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    began = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
-
+    say = clock()
     settings.out.mkdir(parents=True, exist_ok=True)
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("data", "out", "tasks", "seeds", "rounds")}
     rows = Rows(settings.out / "rows.json", asked)
@@ -179,22 +175,23 @@ def speed(kinds: dict[str, pf.Adapted], params: Any, task: Any, settings: Settin
 
 
 def write(found: dict[str, Any], out: Path) -> None:
-    """``results.md``: a line for each set and the means."""
+    """``results.md`` and ``results.csv``: a line for each method."""
     runs = [row for row in found.values() if "kind" in row and "task" in row]
     names = list(dict.fromkeys(row["task"] for row in runs))
-    lines = ["| | trained | " + " | ".join(names) + " | mean | standard error |", "| --- |" + " ---: |" * (len(names) + 3)]
+    columns, lines = ("method", "trained", *names, "mean", "standard error"), []
     for kind in dict.fromkeys(row["kind"] for row in runs):
-        cells, by_seed = [], {}
+        scores: list[float] = []
+        by_seed: dict[int, list[float]] = {}
         for name in names:
             here = [row for row in runs if row["kind"] == kind and row["task"] == name]
-            cells.append(f"{np.mean([row['score'] for row in here]):.3f}")
+            scores.append(float(np.mean([row["score"] for row in here])))
             for row in here:
                 by_seed.setdefault(row["seed"], []).append(row["score"])
-        means = [float(np.mean(scores)) for scores in by_seed.values()]
-        error = f"{np.std(means, ddof=1) / len(means) ** 0.5:.4f}" if len(means) > 1 else ""
+        means = [float(np.mean(of_seed)) for of_seed in by_seed.values()]
+        error = float(np.std(means, ddof=1) / len(means) ** 0.5) if len(means) > 1 else None
         trained = next(row["trained"] for row in runs if row["kind"] == kind)
-        lines.append(f"| {kind} | {trained:,} | " + " | ".join(cells) + f" | {np.mean(means):.4f} | {error} |")
-    files.write_atomically(out / "results.md", ("\n".join(lines) + "\n").encode())
+        lines.append((kind, f"{trained:,}", *scores, float(np.mean(means)), error))
+    write_tables(out, markdown(columns, lines), columns=columns, lines=lines)
 
 
 if __name__ == "__main__":

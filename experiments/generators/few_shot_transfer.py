@@ -11,12 +11,9 @@ validation split of the first new task at the middle number of shots, and then f
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import io
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a s
 
 import pefusion_jax as pf
 from experiments.generators.approaches import APPROACHES, tune
-from experiments.rows import Rows
+from experiments.rows import Rows, clock, markdown, write_tables
 from experiments.suites import data
 from experiments.suites.fetch import default_root
-from pefusion_jax import files, generators
+from pefusion_jax import generators
 from pefusion_jax.evaluation import plot_curves
 from pefusion_jax.runs import FILE, load_run, save_run
 from pefusion_jax.tasks.task import stream
@@ -78,11 +75,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    began = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
-
+    say = clock()
     settings.out.mkdir(parents=True, exist_ok=True)
     names = ("model", "source_steps", "source_rates", "steps", "batch_size", "validation_examples", "test_examples")
     rows = Rows(settings.out / "rows.json", {name: getattr(settings, name) for name in names})
@@ -211,15 +204,7 @@ def write(found: dict[str, Any], out: Path) -> None:
         curves.setdefault(way, {})[count] = (float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else 0.0)
     cells = [[way, *(f"{p[s][0]:.3f} ± {p[s][1]:.3f}" if s in p else "" for s in shots)] for way, p in curves.items()]
     header = ["way", *(f"{count} shots" for count in shots)]
-    table = [
-        "| " + " | ".join(header) + " |",
-        "| --- |" + " ---: |" * len(shots),
-        *("| " + " | ".join(r) + " |" for r in cells),
-    ]
-    files.write_atomically(out / "results.md", ("\n".join(table) + "\n").encode())
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *cells])
-    files.write_atomically(out / "results.csv", text.getvalue().encode())
+    write_tables(out, markdown(header, cells), columns=header, lines=cells)
     plot_curves(curves, out / "few_shot.png", x="examples of each class", y="mean score of new tasks", log_x=True)
 
 

@@ -9,11 +9,8 @@ seed, and then fixed; the test split is scored once a row. Resumable: rows that 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a s
 
 import pefusion_jax as pf
 from experiments.generators.approaches import APPROACHES, PROMPTS, Approach, Tuned, tune
-from experiments.rows import Rows
+from experiments.rows import Rows, clock, markdown, write_tables
 from experiments.suites import data
-from pefusion_jax import files, generators
+from pefusion_jax import generators
 from pefusion_jax.evaluation import plot_curves, plot_matrix
 from pefusion_jax.tasks.task import stream
 
@@ -65,11 +62,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    began = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
-
+    say = clock()
     unknown = sorted(set(settings.approaches) - set(APPROACHES))
     if unknown:
         raise ValueError(f"--approaches {' '.join(unknown)}: none of {', '.join(APPROACHES)}")
@@ -112,14 +105,13 @@ def main(settings: Settings) -> None:
                 if key in rows:
                     continue
                 tasks = draw(count, seed)
-                clock = time.monotonic()
                 start = started(approach, adapted, tasks, seed)
                 rate = rows[f"rate/{name}"]["rate"]
                 tuned = tune(approach, adapted, params, tasks, rate=rate, seed=seed, start=start, **how)
                 scores = tuned.scores(params, tasks, "test")
                 more = retrieval(tuned, params, tasks, f"{count}_{seed}", settings.out)
                 rows.put(key, approach=name, examples=count, seed=seed, trained=tuned.trained, **more, **scores.to_dict())
-                say(f"{name}, {count} examples, seed {seed}: {scores.mean:.3f} ({time.monotonic() - clock:.0f} s)")
+                say(f"{name}, {count} examples, seed {seed}: {scores.mean:.3f}")
         jax.clear_caches()  # nothing is shared between approaches
     write(rows.found, settings.out)
 
@@ -178,28 +170,17 @@ def write(found: Mapping[str, Any], out: Path) -> None:
     lines = []
     for (name, count), rows in groups.items():
         means = [row["mean"] for row in rows]
+        spread = float(np.std(means, ddof=1)) if len(means) > 1 else None
+        worst = float(np.mean([min(row["scores"].values()) for row in rows]))
         hits = [np.mean(list(row["retrieval"].values())) for row in rows if "retrieval" in row]
-        worst = np.mean([min(row["scores"].values()) for row in rows])
-        spread = np.std(means, ddof=1) if len(means) > 1 else None
-        lines.append(
-            (name, count, len(rows), rows[0]["trained"], np.mean(means), spread, worst, np.mean(hits) if hits else None)
-        )
+        found_of = float(np.mean(hits)) if hits else None
+        lines.append((name, count, len(rows), rows[0]["trained"], float(np.mean(means)), spread, worst, found_of))
     lines.sort(key=lambda line: (line[1], -line[4]))
-    cells = [[_cell(value) for value in line] for line in lines]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *cells])
-    files.write_atomically(out / "results.csv", text.getvalue().encode())
-    table = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
-    table += ["| " + " | ".join(row) + " |" for row in cells]
-    files.write_atomically(out / "results.md", ("\n".join(table) + "\n").encode())
+    write_tables(out, markdown(COLUMNS, lines), columns=COLUMNS, lines=lines)
     curves: dict[str, dict[float, tuple[float, float]]] = {}
     for name, count, *_, mean, spread, _, _ in lines:
         curves.setdefault(name, {})[count] = (float(mean), float(spread or 0))
     plot_curves(curves, out / "low_data.png", x="training examples of each task", y="mean score", log_x=True)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

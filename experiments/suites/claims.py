@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 import pefusion_jax as pf
+from experiments.rows import markdown
 from experiments.suites import scoring, tables
 from experiments.suites.kinds import KINDS, Base, Tuned
 from pefusion_jax import evaluation, files, fusion, trees
@@ -126,10 +127,8 @@ def write(rows: Mapping[str, Any], out: Path) -> None:
         ("disentanglement error on [0, 1]^2", {k: of["disentanglement"][k]["error on [0, 1]^2"] for k in kinds}),
         ("disentanglement error on [-2, 2]^2", {k: of["disentanglement"][k]["error"] for k in kinds}),
     ]
-    lines = ["| | " + " | ".join(KINDS[kind].title for kind in kinds) + " |", "| --- |" + " ---: |" * len(kinds)]
-    for what, values in table:
-        lines.append(f"| {what} | " + " | ".join(f"{values[kind]:.3f}" for kind in kinds) + " |")
-    lines.append("")
+    columns = ("", *(KINDS[kind].title for kind in kinds))
+    lines = [*markdown(columns, [(what, *(values[kind] for kind in kinds)) for what, values in table]), ""]
     linear = [kind for kind in kinds if KINDS[kind].mode is not None]
     for kind in linear:
         title = KINDS[kind].title

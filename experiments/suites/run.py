@@ -23,7 +23,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a script
 
 import pefusion_jax as pf
-from experiments.rows import Rows
+from experiments.rows import Rows, clock
 from experiments.suites import claims, data, scoring, tables
 from experiments.suites.fetch import default_root
 from experiments.suites.kinds import KINDS, Base, Tuned, adapted_for, choose_rate, train, train_together
@@ -75,11 +75,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    began = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
-
+    say = clock()
     settings.out.mkdir(parents=True, exist_ok=True)
     work = settings.work or default_root() / "adapters" / settings.suite
     names = ("suite", "model", "steps", "batch_size", "rank", "alpha", "validation_examples", "test_examples", "rate_task")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.rows import markdown, write_tables
 from experiments.suites.kinds import KINDS
 from experiments.suites.methods import METHODS
-from pefusion_jax import files
 
 COLUMNS = ("kind", "method", "data", "seeds", "mean", "mean sd", "normalized", "normalized sd", "worst", "of LoRA")
 
@@ -86,22 +84,9 @@ def _spread(values: list[float]) -> float | None:
 
 
 def write(rows: Mapping[str, Any], out: Path) -> None:
-    """Writes ``results.md`` and ``results.csv``."""
+    """``results.md``, the best methods first, and ``results.csv``."""
     lines = summarize(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    files.write_atomically(out / "results.csv", text.getvalue().encode())
     few = ("kind", "needs at most", "method", "seeds", "mean", "normalized", "worst")
-    table = [*_table(few, best_rows(lines), 3), "", *_table(COLUMNS, lines, 3)]
-    files.write_atomically(out / "results.md", ("\n".join(table) + "\n").encode())
-
-
-def _table(columns: Sequence[str], lines: list[dict[str, Any]], texts: int) -> list[str]:
-    head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * texts + " ---: |" * (len(columns) - texts)]
-    return head + ["| " + " | ".join(_cell(line[column]) for column in columns) + " |" for line in lines]
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    best = markdown(few, [[line[column] for column in few] for line in best_rows(lines)], texts=3)
+    every = [[line[column] for column in COLUMNS] for line in lines]
+    write_tables(out, best, markdown(COLUMNS, every, texts=3), columns=COLUMNS, lines=every)
