@@ -144,3 +144,20 @@ def test_any_rank_and_scale_reaches_peft(tmp_path):
     assert written.keys() == known.keys() and list(written) == sorted(written)
     chosen = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "base_model_name_or_path", "inference_mode"}
     assert {name: written[name] for name in known if name not in chosen} == {n: v for n, v in known.items() if n not in chosen}
+
+
+def test_generated_adapters_are_written_as_what_was_made(tmp_path):
+    home = base("bert")
+    adapted = pf.adapt(home.model, pf.LoRA(rank=2, alpha=3, targets=r".*/(query|value)"))
+    cond = pf.generate(adapted, pf.generators.CondLoRA())
+    theta = jax.tree.map(lambda leaf: leaf + 0.1, cond.init(jax.random.key(0), home.params, **home.inputs))
+    want = home.ours(cond, theta)
+    pf.save_peft(tmp_path / "theta", cond, theta, params=home.params, base=str(home.folder))
+    made = cond.materialise(home.params, theta)
+    pf.save_peft(tmp_path / "made", adapted, made, params=home.params, base=str(home.folder))
+    for name in ("theta", "made"):
+        assert distance(home.theirs(load_back(tmp_path / name, home)), want) <= 1e-5
+    per_task = pf.generate(adapted, pf.generators.PerTask(tasks=("a", "b")))
+    tree = per_task.init(jax.random.key(0), home.params, **home.inputs)
+    with pytest.raises(ValueError, match=r"materialise\(params, tree, 'a'\)"):
+        pf.save_peft(tmp_path / "tasks", per_task, tree, params=home.params, base=str(home.folder))
