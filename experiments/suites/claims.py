@@ -6,6 +6,7 @@ scores of the fused tasks over subsets of two to all tasks.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,8 +74,26 @@ def over_subsets(
     """Task arithmetic over subsets of the tasks: normalized score of the fused tasks, the length chosen on their validation."""
     changes = scoring.dense_changes(tuned.changes(base.params))
     linear = tuned.kind.mode == "network"
-    make = scoring.affine_scorer if linear else scoring.plain_scorer
     names = [task.name for task in tasks]
+
+    @functools.cache
+    def outputs(split: str) -> evaluation.Cached:
+        """Every subset of a network-linear model follows from the features of its task vectors."""
+        return evaluation.cache_outputs(tuned.adapted, base.params, tuned.trees, tasks, split=split, batch_size=scoring.BATCH)
+
+    def scorer(here: Sequence[Any]) -> scoring.Scorer:
+        if not linear:
+            return scoring.plain_scorer(plain, base.params, here)
+        fused = {task.name for task in here}
+
+        def score(change: pf.Delta, scales: Sequence[float], split: str) -> list[evaluation.Scores]:
+            del change  # the sum of the task vectors
+            cached = outputs(split)
+            points = np.asarray([[scale * (name in fused) for name in cached.names] for scale in scales])
+            return [evaluation.accuracy_scores(here, row, cached.labels) for row in evaluation.sweep(cached, here, points)]
+
+        return score
+
     rng = np.random.default_rng(0)
     rows: dict[str, Any] = {}
     for size in range(2, len(names) + 1):
@@ -83,7 +102,7 @@ def over_subsets(
         absolute, normalized = [], []
         for subset in chosen:
             here = [task for task in tasks if task.name in subset]
-            score = make(plain, base.params, here)
+            score = scorer(here)
             total = pf.fuse(fusion.task_arithmetic(1.0), {name: changes[name] for name in subset})
             total = jax.tree.map(np.asarray, total)
             unit = float(np.mean([scoring.norm(changes[name]) for name in subset])) / scoring.norm(total)
