@@ -106,8 +106,9 @@ class Adapted(NamedTuple):
       origin: model and methods, for those who write adapters to files; ``None`` where they are not enough to do so.
       tasks: names of the tasks that ``apply`` and ``base`` take the number of, as ``task``; none for models that make no
         difference between tasks. See :func:`~pefusion_jax.generators.generate`.
-      materialise: for generated models: ``(params, tree, task=None) -> adapters`` of the model that was given to ``generate``;
-        ``task`` is a name or a number.
+      materialise: for generated models: ``(params, tree, task=None, inputs=None) -> adapters`` of the model that was given to
+        ``generate``; ``task`` is a name or a number. A generator that looks at the instance needs ``inputs``, the model's
+        by name, and gives adapters with the rows in front.
       auxiliary: ``(params, tree, outputs, inputs) -> []`` float32, added to the training loss; ``None`` for most models.
     """
 

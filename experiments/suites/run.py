@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,8 @@ class Settings:
     """Seeds of adapters and data order."""
     kinds: tuple[str, ...] = ("lora", "frozen_a", "network", "full")
     """Kinds of tuning, see kinds.py."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Rows of methods.py; all by default."""
     stages: tuple[Literal["train", "fuse", "claims", "tables"], ...] = ("train", "fuse", "claims", "tables")
     """What to do; later stages use what earlier ones left."""
     steps: int = 120
@@ -76,6 +79,8 @@ class Settings:
 
 def main(settings: Settings) -> None:
     say = clock()
+    if unknown := sorted(set(settings.methods) - set(METHODS)):
+        raise ValueError(f"--methods {' '.join(unknown)}: none of {', '.join(METHODS)}")
     settings.out.mkdir(parents=True, exist_ok=True)
     work = settings.work or default_root() / "adapters" / settings.suite
     names = ("suite", "model", "steps", "batch_size", "rank", "alpha", "validation_examples", "test_examples", "rate_task")
@@ -97,7 +102,7 @@ def main(settings: Settings) -> None:
         for kind in settings.kinds:
             tuned = trained(settings, base, tasks, kind, seed, rates[kind], work, say)
             if "fuse" in settings.stages:
-                fuse_all(base, tasks, kind, seed, tuned, rows, work / kind / str(seed), say)
+                fuse_all(base, tasks, kind, seed, tuned, rows, work / kind / str(seed), settings.methods, say)
             if "claims" in settings.stages and seed == settings.seeds[0] and not tuned.kind.full:
                 measure(base, tasks, kind, seed, tuned, rows, settings.out, say)
         if "lora" in settings.kinds and "train" in settings.stages and f"multi-task/{seed}" not in rows:
@@ -182,7 +187,9 @@ def trained(settings: Settings, base: Base, tasks: Any, kind: str, seed: int, ra
     return Tuned(KINDS[kind], adapted, trees, start, method)
 
 
-def fuse_all(base: Base, tasks: Any, kind: str, seed: int, tuned: Tuned, rows: Rows, folder: Path, say: Any) -> None:
+def fuse_all(
+    base: Base, tasks: Any, kind: str, seed: int, tuned: Tuned, rows: Rows, folder: Path, methods: Sequence[str], say: Any
+) -> None:
     """A row for the single-task models and one for each method that has none yet."""
     params = base.params
     pairs = tuned.changes(params)
@@ -218,7 +225,8 @@ def fuse_all(base: Base, tasks: Any, kind: str, seed: int, tuned: Tuned, rows: R
         functools.cache(lambda: evaluation.cache_groups(tuned.adapted, params, tuned.trees, tasks, batch_size=scoring.BATCH)),
         reference,
     )
-    for name, method in METHODS.items():
+    for name in methods:
+        method = METHODS[name]
         key = f"{kind}/{seed}/{name}"
         if key not in rows and suits(name, tuned.kind):
             start = time.monotonic()

@@ -118,9 +118,11 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         if observe is None:
             return lambda tree: (one if ids is None or ids.ndim == 0 else several)(params, tree, ids)
         named = _named(adapted.origin.model, inputs, kwargs)  # type: ignore[union-attr]
+        # What is observed is not random: the base model gets no keys.
+        still = {name: True if name == "deterministic" else value for name, value in kwargs.items()}
 
         def of(tree: Any) -> Any:
-            seen = observe(tree, described(params)[0], named, lambda: adapted.base(params, *inputs, **kwargs))
+            seen = observe(tree, described(params)[0], named, lambda: adapted.base(params, *inputs, **still))
             batch = jax.tree.leaves(seen)[0].shape[0]
             rows = None if ids is None else jnp.repeat(ids.reshape(-1), _rows(ids.size, batch))
             return jax.vmap(lambda *row: one(params, tree, row))(rows, seen)
