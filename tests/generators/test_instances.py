@@ -38,7 +38,7 @@ class Tiny(nn.Module):
     """Words, two layers that see the mean of the words too, and nothing else: it compiles in a moment."""
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask=None):
+    def __call__(self, input_ids, attention_mask=None, deterministic=True):
         if isinstance(input_ids, dict):
             input_ids, attention_mask = input_ids["input_ids"], input_ids["attention_mask"]
         x = nn.Embed(20, 8, name="word_embeddings", embedding_init=nn.initializers.normal(1.0))(input_ids)
@@ -46,7 +46,7 @@ class Tiny(nn.Module):
         for number in range(2):
             mean = jnp.einsum("bsd,bs->bd", x, kept) / jnp.maximum(jnp.sum(kept, axis=1), 1.0)[:, None]
             x = x + nn.Dense(8, name=f"layer_{number}")(jnp.tanh(x + mean[:, None, :]))
-        return Outputs(x)
+        return Outputs(nn.Dropout(0.5, deterministic=deterministic)(x))
 
 
 MODEL = Tiny()
@@ -176,6 +176,20 @@ def test_inputs_may_come_by_place_by_name_or_as_a_dictionary(params):
     assert seen == 4 * [{"input_ids": "int32", "attention_mask": "bool"}]
     with pytest.raises(TypeError, match="too many positional arguments"):
         made.apply(params, tree, *[IDS] * 9)
+
+
+def test_what_is_observed_has_no_dropout(params):
+    """The hyper-network sees the base model as it is, and rows keep their adapters while the model's own dropout is on."""
+    made = model("hyperdecoder")
+    tree = point_of("hyperdecoder", params)
+
+    def run(params, tree, key):
+        return made.apply(params, tree, **INPUTS, deterministic=False, rngs={"dropout": key}).last_hidden_state
+
+    dropped = jax.jit(run)(params, tree, jax.random.key(0))
+    still = jit(made.apply)(params, tree, **INPUTS).last_hidden_state
+    np.testing.assert_allclose(dropped, jnp.where(dropped == 0, 0.0, 2 * still), rtol=1e-4, atol=1e-5)
+    assert 0.2 < float(jnp.mean(dropped == 0)) < 0.8
 
 
 def count(made, params, inputs):
