@@ -10,6 +10,7 @@ seed, and then fixed; the test split is scored once a row. Resumable: rows that 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -76,24 +77,25 @@ def main(settings: Settings) -> None:
     say(f"{settings.model}; tasks: {', '.join(task_names)}")
     how: dict[str, Any] = {"steps": settings.steps, "batch_size": settings.batch_size}
 
+    @functools.cache
+    def built(name: str) -> Any:
+        return APPROACHES[name].build(model, task_names)
+
     def started(approach: Approach, adapted: Any, tasks: Any, seed: int) -> Any:
         """Where training starts, if that is not the model's own start: with prompts that each task trained alone."""
         if approach.start is None:
             return None
         if f"rate/{PROMPTS}" not in rows:
             raise ValueError(f"the rate of {PROMPTS!r} is not known yet; put it before the others in --approaches")
-        prompts = APPROACHES[PROMPTS]
-        alone = prompts.build(model, task_names)
-        made = tune(prompts, alone, params, tasks, rate=rows[f"rate/{PROMPTS}"]["rate"], seed=seed, **how)
+        rate = rows[f"rate/{PROMPTS}"]["rate"]
+        made = tune(APPROACHES[PROMPTS], built(PROMPTS), params, tasks, rate=rate, seed=seed, **how)
         return approach.start(adapted, params, tasks, made.trees)
 
     for name in settings.approaches:
-        approach = APPROACHES[name]
-        adapted = approach.build(model, task_names)
+        approach, adapted = APPROACHES[name], built(name)
         if f"rate/{name}" not in rows:
-            found = {}
+            found, start = {}, started(approach, adapted, first, settings.seeds[0])
             for rate in approach.rates:
-                start = started(approach, adapted, first, settings.seeds[0])
                 tuned = tune(approach, adapted, params, first, rate=rate, seed=settings.seeds[0], start=start, **how)
                 found[f"{rate:g}"] = tuned.scores(params, first, "validation").mean
                 say(f"{name}, rate {rate:g}: validation {found[f'{rate:g}']:.3f}")
@@ -112,8 +114,8 @@ def main(settings: Settings) -> None:
                 more = retrieval(tuned, params, tasks, f"{count}_{seed}", settings.out)
                 rows.put(key, approach=name, examples=count, seed=seed, trained=tuned.trained, **more, **scores.to_dict())
                 say(f"{name}, {count} examples, seed {seed}: {scores.mean:.3f}")
-        jax.clear_caches()  # nothing is shared between approaches
-    write(rows.found, settings.out)
+        write(rows.found, settings.out)
+        jax.clear_caches()  # hardly anything is shared between approaches
 
 
 def tasks_of(settings: Settings, model: Any, params: Any) -> Callable[[int, int], list[Any]]:
