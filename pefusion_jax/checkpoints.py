@@ -200,7 +200,7 @@ def _to_huggingface(
     dry_run: bool,
     command: Sequence[str] | None,
 ) -> tuple[str, ...]:
-    from pefusion_jax import fold, load_pretrained, runs
+    from pefusion_jax import PromptTuning, fold, load_pretrained, runs
     from pefusion_jax.interop import hub, load_peft, manifest, saving
     from pefusion_jax.interop.card import model_card
 
@@ -226,6 +226,11 @@ def _to_huggingface(
         from pefusion_jax.deltas import Delta
 
         if not adapted.folds:
+            if adapted.origin is not None and any(isinstance(rule, PromptTuning) for rule in adapted.origin.methods):
+                raise ValueError(
+                    f"{source.given} has a prompt: positions in front of the tokens, which no weights put there. Keep it "
+                    "beside its base, as it is or with --to run or --to peft, or train LoRA to merge it"
+                )
             if adapted.pushforward is None:
                 raise ValueError(
                     f"{source.given} has adapters with a nonlinearity, or others for each task, which no single set of weights "

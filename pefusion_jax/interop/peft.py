@@ -30,6 +30,7 @@ from pefusion_jax.backbones import Family
 from pefusion_jax.interop import peft_config
 from pefusion_jax.interop.peft_config import Selection
 from pefusion_jax.interop.peft_names import Column, Parameters, columns_of
+from pefusion_jax.interop.peft_prompt import KIND, read_prompt
 from pefusion_jax.interop.peft_tensors import LEAVES, LINEARIZED_LEAVES, PREFIX, Reader, grouped
 from pefusion_jax.interop.peft_tree import assembled
 from pefusion_jax.interop.safetensors import check_finite, load_safetensors
@@ -95,8 +96,9 @@ def load_peft(
         Otherwise these are warnings; an adapter without a single match is an error in any case.
 
     Returns:
-      ``adapt``'s result for the methods that the adapter describes (LoRA; full fine-tuning for biases and
-      ``modules_to_save``), and the tree of adapters: ``adapted.apply(params, adapters, **inputs)``.
+      ``adapt``'s result for the methods that the adapter describes (LoRA or prompt tuning; full fine-tuning for biases and
+      ``modules_to_save``), and the tree of adapters: ``adapted.apply(params, adapters, **inputs)``. Of a prompt for T5 with
+      ``num_transformer_submodules=2`` the encoder's half is read: PEFT saves the decoder's as well, and never uses it.
 
     Raises:
       FileNotFoundError: if the folder, a file, or safetensors weights are not there; pickles are never read.
@@ -156,6 +158,12 @@ def _read(
     for name, array in tensors.items():
         if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize not in (2, 4):
             raise ValueError(f"{name} is {array.dtype}; adapters are float32, float16 or bfloat16")
+    dtype = Counter(str(array.dtype) for array in tensors.values()).most_common(1)[0][0] if tensors else "float32"
+    if config["peft_type"] == KIND:
+        found = read_prompt(config, family, shape, base, tensors)
+        report = PeftReport(found.matched, found.missing, found.unexpected, found.column)
+        _require_fit(report, family.name, path, strict)
+        return PeftAdapter(config, found.methods, found.adapters, found.heads, report, dtype)
     leaves, plain, unexpected = grouped(tensors, LINEARIZED_LEAVES if path.name == LINEARIZED else LEAVES)
     selection = Selection(config, family.model_types)
     column, selected = _column(columns_of(family, shape), selection, set(leaves))
@@ -183,13 +191,16 @@ def _read(
             f"no module of this {family.name} model is adapted: {report}. The file has {first!r}"
             f"{trees.did_you_mean(first.removeprefix(PREFIX), known)}. Is it for another model?"
         )
-    if missing or unexpected:
-        if strict:
-            raise ValueError(f"the adapter does not fit this {family.name} model: {report}. strict=False takes what matches")
-        warnings.warn(f"{path.parent}: {report}", stacklevel=4)
+    _require_fit(report, family.name, path, strict)
     methods, adapters = assembled(config, family.table(shape), reader.pairs, reader.changes, base.stacked)
-    stored = Counter(str(array.dtype) for name, array in tensors.items())
-    return PeftAdapter(config, methods, adapters, heads, report, stored.most_common(1)[0][0])
+    return PeftAdapter(config, methods, adapters, heads, report, dtype)
+
+
+def _require_fit(report: PeftReport, family: str, path: Path, strict: bool) -> None:
+    if report.missing or report.unexpected:
+        if strict:
+            raise ValueError(f"the adapter does not fit this {family} model: {report}. strict=False takes what matches")
+        warnings.warn(f"{path.parent}: {report}", stacklevel=5)
 
 
 def _column(columns: list[Column], selection: Selection, names: set[str]) -> tuple[Column, set[str]]:

@@ -51,6 +51,10 @@ def _is_rank(value: Any) -> bool:
     return _is_int(value) and 1 <= value <= MAX_RANK
 
 
+def _is_size(value: Any) -> bool:
+    return value is None or _is_rank(value)
+
+
 def _is_text(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
@@ -84,9 +88,12 @@ _COMMON: dict[str, Field] = {
     "revision": Field(None, "a string or null", _is_text),
     "peft_version": Field(None, "a string or null", _is_text),
     "inference_mode": Field(False, "true or false", lambda value: isinstance(value, bool)),
+    "modules_to_save": Field(None, "a list of names or null", _is_names),
+}
+# Of the types that are put on modules.
+_MODULES: dict[str, Field] = {
     "target_modules": Field(None, "a list of names, a pattern or null", _is_pattern),
     "exclude_modules": Field(None, "a list of names, a pattern or null", _is_pattern),
-    "modules_to_save": Field(None, "a list of names or null", _is_names),
     "layers_to_transform": Field(None, "an integer, a list of integers or null", _is_layers),
     "layers_pattern": Field(None, "a name, a list of names or null", _is_pattern),
 }
@@ -128,11 +135,24 @@ _LORA: dict[str, Field] = {
     "lora_ga_config": Field(None, "an object or null", _is_mapping(_anything)),
     "loftq_config": Field({}, "an object or null", _is_mapping(_anything)),
 }
+_PROMPT: dict[str, Field] = {
+    "num_virtual_tokens": Field(None, f"an integer from 1 to {MAX_RANK}", _is_rank),
+    "token_dim": Field(None, f"an integer from 1 to {MAX_RANK}, or null", _is_size),
+    "num_transformer_submodules": Field(None, "1, 2 or null", lambda value: value is None or _is_int(value) and 0 < value < 3),
+    "num_attention_heads": Field(None, f"an integer from 1 to {MAX_RANK}, or null", _is_size),
+    "num_layers": Field(None, f"an integer from 1 to {MAX_RANK}, or null", _is_size),
+    # How training began; the prompt in the file is what became of it.
+    "prompt_tuning_init": Field("RANDOM", "a string", lambda value: isinstance(value, str)),
+    "prompt_tuning_init_text": Field(None, "a string or null", _is_text),
+    "tokenizer_name_or_path": Field(None, "a string or null", _is_text),
+    "tokenizer_kwargs": Field(None, "an object or null", _is_mapping(_anything)),
+}
 # Ways of initialising LoRA that leave the base weights alone, so that the file holds a plain LoRA.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
-# Adapter type -> its own fields and its default targets. Another type is another row, and a reader in ``peft``.
-FIELDS: dict[str, dict[str, Field]] = {"LORA": _COMMON | _LORA}
+# Adapter type -> its fields, and the default targets of those that are put on modules. Another type is another row, and a
+# reader in ``peft``.
+FIELDS: dict[str, dict[str, Field]] = {"LORA": _COMMON | _MODULES | _LORA, "PROMPT_TUNING": _COMMON | _PROMPT}
 _ATTENTION = {
     **dict.fromkeys(("bert", "roberta"), ("query", "value")),
     **dict.fromkeys(("llama", "qwen2"), ("q_proj", "v_proj")),
@@ -185,13 +205,15 @@ def validate(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"init_lora_weights={_short(config['init_lora_weights'])} changed the base weights when training began, and the "
             "adapter is relative to those: save it with peft's path_initial_model_for_weight_conversion, as a plain LoRA"
         )
+    if not problems and kind == "PROMPT_TUNING" and config["num_virtual_tokens"] is None:
+        problems.append(f"num_virtual_tokens is missing; it should be {fields['num_virtual_tokens'].expected}")
     for name in ("modules_to_save", "layers_pattern"):
-        entries = config[name] if isinstance(config[name], list) else [config[name] or "x"]
+        entries = config[name] if isinstance(config.get(name), list) else [config.get(name) or "x"]
         if not problems and not all(re.fullmatch(r"[\w.\-]{1,500}", entry) for entry in entries):
             problems.append(f"{name}={_short(config[name])} should hold plain names of modules")
-    if not problems and config["layers_pattern"] and config["layers_to_transform"] is None:
+    if not problems and config.get("layers_pattern") and config["layers_to_transform"] is None:
         problems.append("layers_pattern without layers_to_transform, which peft refuses as well")
-    if not problems and isinstance(config["target_modules"], str) and config["layers_to_transform"] is not None:
+    if not problems and isinstance(config.get("target_modules"), str) and config["layers_to_transform"] is not None:
         problems.append("layers_to_transform with a pattern as target_modules, which peft refuses as well; list names")
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""

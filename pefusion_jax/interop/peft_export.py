@@ -1,4 +1,5 @@
-"""Writes adapters as PEFT folders: LoRA with biases and whole modules beside it, from adapters, displacements or deltas."""
+"""Writes adapters as PEFT folders: LoRA with biases and whole modules beside it, from adapters, displacements or deltas; and
+prompts, see :mod:`peft_prompt`."""
 
 from __future__ import annotations
 
@@ -18,12 +19,16 @@ from pefusion_jax.deltas import Delta, LowRank, dense, fold, weighted_sum
 from pefusion_jax.interop import peft_config
 from pefusion_jax.interop.card import model_card
 from pefusion_jax.interop.peft import PREFIX, WEIGHTS
-from pefusion_jax.interop.peft_names import Parameters, column, default_prefix, modules_of
-from pefusion_jax.interop.peft_rows import MERGED, Site, described, fits, rows_of, whole_parameters
+from pefusion_jax.interop.peft_names import Module, Parameters, column, default_prefix, modules_of
+from pefusion_jax.interop.peft_prompt import prompt_content
+from pefusion_jax.interop.peft_rows import MERGED, Content, Site, described, fits, rows_of, whole_parameters
 from pefusion_jax.interop.safetensors import save_safetensors
 from pefusion_jax.interop.saving import family_of_model
 from pefusion_jax.linearize import linearize
-from pefusion_jax.methods import FullFineTuning, LoRA
+from pefusion_jax.methods import FullFineTuning, LoRA, PromptTuning
+
+# Fields of the configuration that the card repeats, of whatever type.
+_SHOWN = ("r", "lora_alpha", "use_rslora", "bias", "target_modules", "modules_to_save", "num_virtual_tokens")
 
 
 class PeftExport(NamedTuple):
@@ -31,7 +36,7 @@ class PeftExport(NamedTuple):
 
     Attributes:
       config: the content of ``adapter_config.json``.
-      modules: names of the modules with a LoRA.
+      modules: names of the modules with a LoRA; for a prompt, of the word embeddings.
       difference: with ``as_layer`` and ``inputs``, the largest absolute difference between the outputs of the linearized
         model and of what was written, else ``None``.
     """
@@ -64,6 +69,10 @@ def save_peft(
     of rank 2r elsewhere. The other two linearizations are not weight changes of a plain model; ``as_layer`` writes the plain
     LoRA next to them, which computes something else, and measures how much else.
 
+    The prompt of :class:`PromptTuning` is written as PEFT's ``PROMPT_TUNING``, with ``modules_to_save`` beside it; of a
+    generated one, what the generator makes. Prompts of several tasks, linearized ones, and prompts beside other methods have no
+    such folder.
+
     Args:
       folder: to make; it must be empty or not exist.
       adapted: ``adapt``'s or ``linearize``'s result for one of our backbones.
@@ -75,7 +84,8 @@ def save_peft(
         By default what fits the backbone's own head, or that it has none.
       as_layer: for ``network`` and ``weight`` linearizations: write their layer counterpart.
       inputs: of the model, to measure what ``as_layer`` changes.
-      task_type: PEFT's, such as ``"SEQ_CLS"``.
+      task_type: PEFT's, such as ``"SEQ_CLS"``. A prompt needs one: by default ``"CAUSAL_LM"`` or ``"SEQ_2_SEQ_LM"`` where the
+        backbone is such a model, else ``"FEATURE_EXTRACTION"``.
       revision: of the base model.
       dtype: of the tensors.
       overwrite: replace a folder that is not empty.
@@ -93,54 +103,30 @@ def save_peft(
     for path, leaf in trees.paths(tree.leaves if isinstance(tree, Delta) else tree).items():
         if not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(f"adapters to be saved: {path!r} holds NaN or infinite elements; train it again, or leave it out")
-    if origin.mode in ("network", "weight") and not as_layer:
-        raise ValueError(
-            f"a model linearized in mode={origin.mode!r} is not a change of the weights of a plain model, which is what PEFT "
-            "stores. as_layer=True writes the plain LoRA next to it and, given inputs, measures the difference; mode='layer' "
-            "is written exactly"
-        )
     modules = modules_of(family, config)
-    read = _from_delta if isinstance(tree, Delta) else _from_tree
-    sites, changes = read(adapted, origin, params, tree)
     named = column(family, modules, target, default_prefix(family, config) if prefix is None else prefix).modules
-    rows = rows_of(named, sites, where.stacked)
     tied = {name.rpartition(".")[0] for name in family.copies(config).values() if name.endswith(".weight")}
-    for name in rows:
-        if any(module.name in tied for module in named[name]):
-            raise ValueError(f"{name} shares its weight with another layer, which peft would leave unadapted; {MERGED}")
-    if not rows:
-        raise ValueError(f"there is no LoRA to be written, and PEFT has no adapter without one; {MERGED}")
-    tensors, extra = whole_parameters(named, rows, changes, where, tied)
-
-    fields = described(rows, named)
-    stabilized = fields["use_rslora"]
-    for name, row in rows.items():
-        b = row.b if fits(row.alpha(stabilized)) else row.b * np.float32(row.scale)
-        kind = named[name][0].kind
-        suffix = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
-        tensors |= {f"{name}.{suffix[0]}": row.a, f"{name}.{suffix[1]}": b}
+    if any(isinstance(rule, PromptTuning) for rule in origin.methods):
+        content = prompt_content(adapted, origin, params, tree, named, where, tied, family, task_type)
+    else:
+        content = _lora_content(adapted, origin, params, tree, named, where, tied, as_layer)
     stored = {}
-    for name, array in tensors.items():
+    for name, array in content.tensors.items():
         with np.errstate(over="ignore"):
-            stored[PREFIX + name] = np.ascontiguousarray(np.asarray(array, np.float32).astype(jnp.dtype(dtype)))
-        if not np.isfinite(stored[PREFIX + name].astype(np.float32)).all():
+            stored[name] = np.ascontiguousarray(np.asarray(array, np.float32).astype(jnp.dtype(dtype)))
+        if not np.isfinite(stored[name].astype(np.float32)).all():
             raise ValueError(f"{name} is not finite in {jnp.dtype(dtype)}; write it as bfloat16 or float32")
     written = peft_config.complete(
-        "LORA",
-        fields
-        | extra
-        | {"task_type": task_type, "revision": revision, "base_model_name_or_path": os.fspath(base)}
-        | {"lora_dropout": Counter(site.dropout for site in sites.values()).most_common(1)[0][0]},
+        content.kind,
+        {"task_type": task_type, "revision": revision, "base_model_name_or_path": os.fspath(base)} | content.fields,
     )
     difference = _difference(adapted, params, tree, inputs) if as_layer and inputs is not None else None
     card = model_card(
-        "LoRA adapter",
+        "LoRA adapter" if content.kind == "LORA" else "Prompt",
         base_model=os.fspath(base),
         relation="adapter",
         library="peft",
-        settings={
-            name: written[name] for name in ("r", "lora_alpha", "use_rslora", "bias", "target_modules", "modules_to_save")
-        }
+        settings={name: written[name] for name in _SHOWN if name in written}
         | ({} if origin.mode is None else {"linearization": origin.mode})
         | ({} if difference is None else {"largest difference of outputs from the linearized model": difference}),
     )
@@ -148,7 +134,48 @@ def save_peft(
         files.write_json(Path(made) / peft_config.CONFIG, written)
         save_safetensors(Path(made) / WEIGHTS, stored)
         files.write_atomically(Path(made) / "README.md", card.encode())
-    return PeftExport(written, tuple(rows), difference)
+    return PeftExport(written, content.modules, difference)
+
+
+def _lora_content(
+    adapted: Adapted,
+    origin: Origin,
+    params: Mapping[str, Any],
+    tree: Any,
+    named: Mapping[str, tuple[Module, ...]],
+    where: Parameters,
+    tied: set[str],
+    as_layer: bool,
+) -> Content:
+    """What the folder of a LoRA holds."""
+    if origin.mode in ("network", "weight") and not as_layer:
+        raise ValueError(
+            f"a model linearized in mode={origin.mode!r} is not a change of the weights of a plain model, which is what PEFT "
+            "stores. as_layer=True writes the plain LoRA next to it and, given inputs, measures the difference; mode='layer' "
+            "is written exactly"
+        )
+    sites, changes = (_from_delta if isinstance(tree, Delta) else _from_tree)(adapted, origin, params, tree)
+    rows = rows_of(named, sites, where.stacked)
+    for name in rows:
+        if any(module.name in tied for module in named[name]):
+            raise ValueError(f"{name} shares its weight with another layer, which peft would leave unadapted; {MERGED}")
+    if not rows:
+        raise ValueError(f"there is no LoRA to be written, and PEFT has no adapter without one; {MERGED}")
+    tensors, extra = whole_parameters(named, rows, changes, where, tied)
+    fields = described(rows, named)
+    stabilized = fields["use_rslora"]
+    for name, row in rows.items():
+        b = row.b if fits(row.alpha(stabilized)) else row.b * np.float32(row.scale)
+        kind = named[name][0].kind
+        suffix = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+        tensors |= {f"{name}.{suffix[0]}": row.a, f"{name}.{suffix[1]}": b}
+    dropout = Counter(site.dropout for site in sites.values()).most_common(1)[0][0]
+    return Content(
+        "LORA",
+        {PREFIX + name: array for name, array in tensors.items()},
+        fields | extra | {"lora_dropout": dropout},
+        tuple(rows),
+    )
 
 
 def _from_tree(

@@ -45,6 +45,15 @@ class Row(NamedTuple):
         return self.scale * (math.sqrt(self.rank) if stabilized else self.rank)
 
 
+class Content(NamedTuple):
+    """What a folder is to hold: an adapter type, its tensors by name, its fields, and the modules it is for."""
+
+    kind: str
+    tensors: dict[str, np.ndarray]
+    fields: dict[str, Any]
+    modules: tuple[str, ...]
+
+
 def rows_of(named: Mapping[str, tuple[Module, ...]], sites: Mapping[str, Site], stacked: bool) -> dict[str, Row]:
     """The sites by PEFT's names and in PEFT's layout: layers apart, fused modules together."""
     rows: dict[str, Row] = {}
@@ -155,6 +164,7 @@ def whole_parameters(
     changes: Mapping[str, jax.Array],
     base: Parameters,
     tied: set[str],
+    remedy: str = MERGED,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Whole parameters that moved, as PEFT stores them: as biases where these are all, else by whole modules."""
     moved: dict[str, np.ndarray] = {}
@@ -169,7 +179,7 @@ def whole_parameters(
                     if change.any():
                         moved[path] = change
     if unknown:
-        raise ValueError(f"{min(unknown)} is no parameter that Hugging Face's model has; {MERGED}")
+        raise ValueError(f"{min(unknown)} is no parameter that Hugging Face's model has; {remedy}")
     if not moved:
         return {}, {"bias": "none", "modules_to_save": None}
 
@@ -187,7 +197,7 @@ def whole_parameters(
     tensors = {f"{name}.base_layer.bias": value(name, "bias") for name in rows if "bias" in named[name][0].weights}
     if moved.keys() <= of_lora:
         return tensors, {"bias": "lora_only", "modules_to_save": None}
-    if only_biases:
+    if only_biases and rows:
         tensors |= {f"{n}.bias": value(n, "bias") for n, m in named.items() if n not in rows and "bias" in m[0].weights}
         return tensors, {"bias": "all", "modules_to_save": None}
     saved, inner = [], containers(named)
@@ -196,9 +206,9 @@ def whole_parameters(
         if not touched:
             continue
         if name in rows:
-            raise ValueError(f"{touched[0]} moved beside a LoRA on the same layer, which PEFT cannot store; {MERGED}")
+            raise ValueError(f"{touched[0]} moved beside a LoRA on the same layer, which PEFT cannot store; {remedy}")
         if name in inner or not modules[0].weights.keys() <= {"weight", "bias"} or any(m.name in tied for m in modules):
-            raise ValueError(f"{touched[0]} is no module of its own, or is shared, so that PEFT cannot store it; {MERGED}")
+            raise ValueError(f"{touched[0]} is no module of its own, or is shared, so that PEFT cannot store it; {remedy}")
         saved.append(name)
     whole = {f"{name}.{parameter}": value(name, parameter) for name in saved for parameter in named[name][0].weights}
     with_biases = bool(moved.keys() & of_lora)

@@ -47,7 +47,6 @@ def assembled(
         counts = layer_counts(paths)
         sites = {scanned(path)[0].rpartition("/")[0]: count for path in paths if (count := counts.get(scanned(path)[0], 0))}
         pairs = _stacked_pairs(pairs, sites, stabilized)
-        changes = _stacked_changes(changes, counts)
         paths = list(dict.fromkeys(scanned(path)[0] for path in paths))
     ranks = {path: pair.a.shape[-1] for path, pair in pairs.items()}
     rank, alpha = (Counter(values).most_common(1)[0][0] for values in (ranks.values(), (pair.alpha for pair in pairs.values())))
@@ -65,15 +64,30 @@ def assembled(
     leaves: dict[str, np.ndarray] = {}
     for path, pair in pairs.items():
         leaves |= {f"{path}/lora_a": pair.a, f"{path}/lora_b": pair.b}
-    if changes:
-        methods.append(FullFineTuning(targets=rule(changes, paths)))
-        leaves |= {f"{path}_delta": change for path, change in changes.items()}
+    moved, displacements = displaced(table, changes, stacked)
+    return (*methods, *moved), nested(leaves | displacements)
+
+
+def displaced(
+    table: Mapping[str, Entry], changes: Mapping[str, np.ndarray], stacked: bool
+) -> tuple[list[FullFineTuning], dict[str, np.ndarray]]:
+    """The method that describes displacements, if there are any, and its leaves by path."""
+    paths = list(table)
+    if stacked:
+        changes = _stacked_changes(changes, layer_counts(paths))
+        paths = list(dict.fromkeys(scanned(path)[0] for path in paths))
+    methods = [FullFineTuning(targets=rule(changes, paths))] if changes else []
+    return methods, {f"{path}_delta": change for path, change in changes.items()}
+
+
+def nested(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The tree of these leaves, which must be finite."""
     for path, leaf in leaves.items():
         if not np.isfinite(leaf).all():
             raise ValueError(
                 f"{path} overflows float32, although the tensors of the file are finite; is it the right base model?"
             )
-    return tuple(methods), jax.tree.map(jnp.asarray, trees.nest(leaves))
+    return jax.tree.map(jnp.asarray, trees.nest(leaves))
 
 
 def _deviating(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:

@@ -64,9 +64,9 @@ class PromptTuning:
       prompt = adapted.init(jax.random.key(0), params, **batch)
       prompt = prompt_from_tokens(prompt, params, key=jax.random.key(1))
 
-    Reference: B. Lester, R. Al-Rfou, N. Constant, The Power of Scale for Parameter-Efficient Prompt Tuning, 2021. A file that
-    PEFT wrote holds the leaf as ``prompt_embeddings``, for T5 with ``num_transformer_submodules=2`` followed by ``n`` rows for
-    the decoder, which has no prompt here. Where we depart from PEFT: it forgets token types and given positions.
+    Reference: B. Lester, R. Al-Rfou, N. Constant, The Power of Scale for Parameter-Efficient Prompt Tuning, 2021. Where we
+    depart from PEFT: it forgets token types and given positions. ``load_peft`` reads the prompts that PEFT writes, and
+    ``save_peft`` writes them, as adapters of type ``PROMPT_TUNING``.
     """
 
     length: int = 20

@@ -7,6 +7,7 @@ import time
 import warnings
 
 import numpy as np
+import pytest
 from peft_cases import base, write
 
 from pefusion_jax.interop import read_peft
@@ -37,10 +38,17 @@ def adapter():
     return config, tensors
 
 
+def prompt():
+    sizes = {"num_virtual_tokens": 3, "token_dim": 16, "num_transformer_submodules": 1, "num_layers": 2}
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS", "modules_to_save": ["pooler"], **sizes}
+    names = {"prompt_embeddings": (3, 16), "base_model.pooler.dense.weight": (16, 16), "base_model.pooler.dense.bias": (16,)}
+    return config, {name: np.ones(shape, np.float32) for name, shape in names.items()}
+
+
 def damaged_config(rng, config):
     """The bytes of a configuration with a few fields, or a few bytes, changed."""
     config = dict(config)
-    fields = [*FIELDS["LORA"], "surprise", "../x"]
+    fields = [*FIELDS[config["peft_type"]], "surprise", "../x"]
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         if rng.random() < 0.1:
             config.pop(rng.choice(list(config)), None)
@@ -126,26 +134,28 @@ def _leaves(tree):
     return [leaf for node in tree.values() for leaf in (_leaves(node) if isinstance(node, dict) else [np.asarray(node)])]
 
 
-def test_damaged_configurations(tmp_path):
+@pytest.mark.parametrize("made, seeds", [(adapter, CONFIGS), (prompt, CONFIGS // 5)])
+def test_damaged_configurations(made, seeds, tmp_path):
     home = base("bert")
-    config, tensors = adapter()
+    config, tensors = made()
     write(tmp_path, config, tensors)
     before = sorted(path.name for path in tmp_path.iterdir())
     read = 0
-    for seed in range(CONFIGS):
+    for seed in range(seeds):
         (tmp_path / "adapter_config.json").write_bytes(damaged_config(random.Random(seed), config))
         read += attempt(tmp_path, home, seed)
-    assert 0.02 * CONFIGS < read < 0.6 * CONFIGS  # the damage neither always nor never matters
+    assert 0.02 * seeds < read < 0.6 * seeds  # the damage neither always nor never matters
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_damaged_weights(tmp_path):
+@pytest.mark.parametrize("made, seeds", [(adapter, HEADERS), (prompt, HEADERS // 5)])
+def test_damaged_weights(made, seeds, tmp_path):
     home = base("bert")
-    config, tensors = adapter()
+    config, tensors = made()
     write(tmp_path, config, tensors)
     whole = (tmp_path / "adapter_model.safetensors").read_bytes()
     read = 0
-    for seed in range(HEADERS):
+    for seed in range(seeds):
         (tmp_path / "adapter_model.safetensors").write_bytes(damaged_weights(random.Random(seed), whole))
         read += attempt(tmp_path, home, seed)
-    assert 0.02 * HEADERS < read < 0.6 * HEADERS
+    assert 0.02 * seeds < read < 0.6 * seeds
