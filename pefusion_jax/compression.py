@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pefusion_jax import trees
 from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.deltas import Change, Delta, LowRank
+from pefusion_jax.in_turn import after, in_turn
 from pefusion_jax.layerwise import stacked_layers
 from pefusion_jax.methods.lora import LoRA
 
@@ -60,9 +61,10 @@ def compress(delta: Delta, rank: int, *, stacks: Collection[str] = STACKS) -> Co
     lost, whole = {}, {}
     scanned = stacked_layers({path: (change,) for path, change in delta.leaves.items()}, stacks)
     with jax.default_matmul_precision("highest"):
-        for path, change in delta.leaves.items():
-            axes = 3 if any(path.startswith(node + "/") for node in scanned) else 2
-            leaves[path], lost[path], whole[path] = _truncate(change, rank, axes)
+        axes = [3 if any(path.startswith(node + "/") for node in scanned) else 2 for path in delta.leaves]
+        made = in_turn(lambda item: _truncate(item[0], rank, item[1]), zip(delta.leaves.values(), axes, strict=True))
+    for path, (leaf, rest, every) in zip(delta.leaves, made, strict=True):
+        leaves[path], lost[path], whole[path] = leaf, rest, every
     residuals = {path: _ratio(lost[path], whole[path]) for path in leaves}
     return Compressed(Delta(leaves), residuals, _ratio(sum(lost.values(), jnp.float32(0)), sum(whole.values(), jnp.float32(0))))
 
@@ -127,7 +129,7 @@ def _truncate(change: Change, rank: int, axes: int) -> tuple[Change, jax.Array, 
     wide = trees.wide_dtype(change.dtype)
     if isinstance(change, LowRank):
         q_a, r_a = jnp.linalg.qr(change.a.astype(wide))
-        q_b, r_b = jnp.linalg.qr(change.b.astype(wide).mT)
+        q_b, r_b = jnp.linalg.qr(after(change.b.astype(wide).mT, q_a))
         core = r_a @ r_b.mT
         if change.rank <= rank:
             return change, jnp.float32(0), _square(core)

@@ -25,6 +25,7 @@ from pefusion_jax.deltas import Change
 from pefusion_jax.fusion.elementwise import task_arithmetic, ties
 from pefusion_jax.fusion.matrices import as_pairs, bound, isotropic, of_changes, small, stacked_dense
 from pefusion_jax.fusion.parts import Changes, Fusion
+from pefusion_jax.in_turn import after, in_turn
 
 
 class Coordinates(NamedTuple):
@@ -175,28 +176,31 @@ def _aligned(
 
     def fuse(given: dict[str, Any]) -> dict[str, Any]:
         """Path -> pairs, or stacked leaf; to fused pair or leaf."""
-        spaces: dict[str, Coordinates] = {}
+        matrices: dict[str, Changed] = {}
         handed: dict[str, jax.Array] = {}
         out: dict[str, Any] = {}
         for path, of_tasks in given.items():
             if isinstance(of_tasks, tuple) and not sum(pair.rank for pair in of_tasks):
                 out[path] = of_tasks[0]
             elif isinstance(of_tasks, tuple) or of_tasks.ndim == 3:
-                spaces[path] = represent(_widened(of_tasks))
-                handed[path] = spaces[path].stack
+                matrices[path] = _widened(of_tasks)
             else:
                 handed[path] = of_tasks.astype(trees.wide_dtype(of_tasks.dtype))
+        spaces = dict(zip(matrices, in_turn(represent, matrices.values()), strict=True))
+        handed |= {path: space.stack for path, space in spaces.items()}
         fused = inner.apply(handed) if handed else {}
-        for path, value in fused.items():
+        last = None
+        for path in handed:
             space, like = spaces.get(path), given[path]
-            value = value * jnp.asarray(scale, value.dtype)
+            value = fused[path] * jnp.asarray(scale, fused[path].dtype)
             if space is None:
                 out[path] = value.astype(like.dtype)
                 continue
             right = space.right
             if equalize:
-                value, turned = isotropic(value, space.shape)
+                value, turned = isotropic(after(value, last), space.shape)
                 right = turned @ right
+                last = turned
             a = value if space.left is None else space.left @ value
             if isinstance(like, tuple):
                 dtype = like[0].dtype
@@ -249,10 +253,10 @@ def _in_bases(given: Changed, bases: str) -> Any:
         columns = jnp.concatenate([a for a in given.a if a is not None], axis=-1)
     else:
         right, rank = _basis(_rows(given), given.shape)
-        columns = _columns(given)
+        columns = _columns(after(given, right))
     left, ranks = None, (rank, rank)
     if bases != "outputs":
-        rows, own = _basis(columns.mT, given.shape)
+        rows, own = _basis(after(columns.mT, right), given.shape)
         left, ranks = rows.mT, (own, rank)
 
     def project(a: jax.Array | None, b: jax.Array) -> jax.Array:
@@ -290,14 +294,22 @@ def _settled(stack: jax.Array, rank: int, sweeps: int) -> tuple[jax.Array, jax.A
 
 def _rows(given: Changed) -> jax.Array:
     """Rows with the same right singular vectors and values as all changes on top of each other."""
-    parts = zip(given.a, given.b, strict=True)
-    return jnp.concatenate([b if a is None else jnp.linalg.qr(a, mode="r") @ b for a, b in parts], axis=-2)
+
+    def upper(part: tuple[jax.Array | None, jax.Array]) -> jax.Array:
+        a, b = part
+        return b if a is None else jnp.linalg.qr(a, mode="r") @ b
+
+    return jnp.concatenate(in_turn(upper, zip(given.a, given.b, strict=True)), axis=-2)
 
 
 def _columns(given: Changed) -> jax.Array:
     """Columns with the same left singular vectors and values as all changes side by side."""
-    parts = zip(given.a, given.b, strict=True)
-    return jnp.concatenate([b if a is None else a @ jnp.linalg.qr(b.mT, mode="r").mT for a, b in parts], axis=-1)
+
+    def lower(part: tuple[jax.Array | None, jax.Array]) -> jax.Array:
+        a, b = part
+        return b if a is None else a @ jnp.linalg.qr(b.mT, mode="r").mT
+
+    return jnp.concatenate(in_turn(lower, zip(given.a, given.b, strict=True)), axis=-1)
 
 
 def _basis(rows: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pefusion_jax.deltas import Change, LowRank, dense
+from pefusion_jax.in_turn import in_turn
 from pefusion_jax.moments import (
     Moment,
     Moments,
@@ -124,7 +125,8 @@ def truncated(change: Change, moments: Moments, off_diagonal: Any, damping: Any,
         return change
     axes = change.axes if isinstance(change, LowRank) else moments.axes
     matrix = as_matrix(dense(change), (*inputs.shape[:-1], outputs.shape[-1]), axes)
-    return LowRank(*_truncate(matrix, _eigen(inputs), _eigen(outputs), rank), change.shape, axes)
+    first, second = in_turn(_eigen, [inputs, outputs])
+    return LowRank(*_truncate(matrix, first, second, rank), change.shape, axes)
 
 
 def residual(changes: Any, found: Any, merged: Change, off_diagonal: Any, damping: Any, normalize: bool) -> jax.Array:
@@ -234,8 +236,7 @@ def _solve(
     terms: list[Any], off_diagonal: Any, damping: Any, normalize: bool, iterations: int, tolerance: Any, rank: int | None
 ) -> Any:
     left, right, sides = _prepared(terms, off_diagonal, damping, normalize)
-    u, lam = _eigen(_mean(left))
-    v, sig = _eigen(_mean(right))
+    (u, lam), (v, sig) = in_turn(_eigen, [_mean(left), _mean(right)])
     dtype = lam.dtype
     # The system's own diagonal in these bases; where it vanishes there is no data, and the start is kept.
     scale = _sum(_along(u, g)[..., :, None] * _along(v, s)[..., None, :] for g, s in zip(left, right, strict=True))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pefusion_jax import trees
 from pefusion_jax.deltas import Change, LowRank, dense, weighted_sum
 from pefusion_jax.fusion.parts import Changes, Fusion
+from pefusion_jax.in_turn import in_turn
 from pefusion_jax.moments import Moments
 
 One = Callable[[str, tuple[Change, ...], list[Any]], Change]
@@ -121,7 +122,8 @@ def by_name(by_task: Mapping[str, Mapping[str, Any]], one: One, scale: Any, shap
             found, plain = matched(by_task, names, by_path, shape)
             if len(names) == 1:
                 return {path: scaled(of_tasks[0], scale) for path, of_tasks in by_path.items()}
-            out = {path: one(path, by_path[path], found[path]) for path in found} | {p: averaged(by_path[p]) for p in plain}
+            made = in_turn(lambda item: one(*item), [(path, by_path[path], found[path]) for path in found])
+            out = {**dict(zip(found, made, strict=True)), **{path: averaged(by_path[path]) for path in plain}}
             return {path: scaled(change, scale) for path, change in out.items()}
 
         return fusion_of(changes)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from pefusion_jax import trees
 from pefusion_jax.deltas import Change, LowRank, dense, weighted_sum
 from pefusion_jax.fusion.parts import Changes, Fusion
+from pefusion_jax.in_turn import after, in_turn
 
 Factors = tuple[jax.Array, jax.Array]
 
@@ -112,15 +113,17 @@ def matrixwise(
 
     def apply(stacked: Any) -> Any:
         with jax.default_matmul_precision("highest"):
-            return jax.tree.map(fuse_leaf, stacked)
+            leaves, structure = jax.tree.flatten(stacked)
+            return jax.tree.unflatten(structure, in_turn(fuse_leaf, leaves))
 
     def changes(given: Changes) -> dict[str, Change]:
         out: dict[str, Change] = {}
         alike: dict[Any, list[str]] = {}
+        plain: dict[str, jax.Array] = {}
         for path, of_tasks in given.items():
             pairs = as_pairs(of_tasks)
             if pairs is None:
-                out[path] = apply(stacked_dense(of_tasks))
+                plain[path] = stacked_dense(of_tasks)
             elif single and len(pairs) == 1:
                 out[path] = pairs[0] * jnp.asarray(scale, pairs[0].dtype)
             elif not sum(pair.rank for pair in pairs):
@@ -129,8 +132,9 @@ def matrixwise(
                 shapes = tuple((pair.a.shape[-2:], pair.b.shape[-1], pair.dtype) for pair in pairs)
                 alike.setdefault(shapes, []).append(path)
         # Parameters of one shape go through the decompositions as one batch, so that they compile once.
-        for paths in alike.values():
-            fused = _in_cores(core, [as_pairs(given[path]) or () for path in paths])
+        out |= apply(plain)
+        groups = [[as_pairs(given[path]) or () for path in paths] for paths in alike.values()]
+        for paths, fused in zip(alike.values(), in_turn(lambda group: _in_cores(core, group), groups), strict=True):
             for path, pair in zip(paths, fused, strict=True):
                 out[path] = pair * jnp.asarray(scale, pair.dtype)
         return {path: out[path] for path in given}
@@ -195,7 +199,7 @@ def _one(core: Callable[[Matrices], Factors], a: Sequence[jax.Array], b: Sequenc
     wide = trees.wide_dtype(b[0].dtype)
     ranks = [factor.shape[-1] for factor in a]
     q_a, r_a = jnp.linalg.qr(jnp.concatenate([factor.astype(wide) for factor in a], axis=1))
-    q_b, r_b = jnp.linalg.qr(jnp.concatenate([factor.astype(wide) for factor in b], axis=0).T)
+    q_b, r_b = jnp.linalg.qr(after(jnp.concatenate([factor.astype(wide) for factor in b], axis=0).T, q_a))
     stops = [sum(ranks[: t + 1]) for t in range(len(ranks))]
     cores = jnp.stack(
         [r_a[:, stop - rank : stop] @ r_b[:, stop - rank : stop].T for rank, stop in zip(ranks, stops, strict=True)]

@@ -33,6 +33,7 @@ from pefusion_jax.fusion.matrices import (
     stacked_dense,
 )
 from pefusion_jax.fusion.parts import Changes, Fusion, linear
+from pefusion_jax.in_turn import after
 
 Weights = Mapping[str, Any] | Sequence[Any] | jax.Array | None
 
@@ -68,7 +69,7 @@ def tsv_m(scale: float | jax.Array = 1.0, *, directions: int | None = None) -> F
         kept = min(kept, given.rank)
         u, s, vt = numerical_svd(given.stack, given.shape)
         left = polar(_side_by_side(u[..., :kept]))
-        right = polar(_side_by_side(vt.mT[..., :kept]))
+        right = polar(after(_side_by_side(vt.mT[..., :kept]), left))
         return left * s[:, :kept].reshape(1, -1), right.T
 
     return matrixwise(core, scale, single=directions is None)
@@ -137,7 +138,8 @@ def iso_cts(scale: float | jax.Array = 1.0, *, common: float = 0.8) -> Fusion:
         values = jnp.concatenate([s, s_own.reshape(-1)])[chosen] * one
         left = jnp.concatenate([u, _side_by_side(u_own)], axis=1)[:, chosen] * one[None]
         right = jnp.concatenate([vt.T, _side_by_side(vt_own.mT)], axis=1)[:, chosen] * one[None]
-        return polar(left) * (jnp.sum(values) / jnp.maximum(jnp.sum(one), 1)), polar(right).T
+        left = polar(left) * (jnp.sum(values) / jnp.maximum(jnp.sum(one), 1))
+        return left, polar(after(right, left)).T
 
     return matrixwise(core, scale)
 
