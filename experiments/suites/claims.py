@@ -37,7 +37,7 @@ def angles(tuned: Tuned, params: Any, out: Path, name: str) -> dict[str, Any]:
     )
     others = ~np.eye(len(found.names), dtype=bool)
     apart = found.overall[others]
-    still = 0.0 if tuned.kind.mode == "network" else 1.0  # displacements start at zero
+    still = 1.0 if tuned.kind.mode is None else 0.0  # displacements start at zero
     moved = {task: jax.tree.map(lambda a, b: a - still * b, tree, tuned.start) for task, tree in tuned.trees.items()}
     factors = np.asarray(trees.cosine(moved))[others]
     return {
