@@ -5,8 +5,9 @@
 
 Trained on the six tasks of the repository; the new ones are of other packages. Ways: from nothing, from the shared adapter,
 from HyperFormer++ with the mean task embedding, and from PHA by retrieval (the nearest prototype, or their mixture), without
-tuning and with the new prototype alone, it and the hyper-network, or everything tuned. Each way's rate is chosen on the
-validation split of the first new task at the middle number of shots, and then fixed. Resumable.
+tuning and with the new prototype alone or with it and the hyper-network tuned. (On an encoder PHA has no other parameters, so
+this is everything.) Each way's rate is chosen on the validation split of the first new task at the middle number of shots,
+and then fixed. Resumable.
 """
 
 from __future__ import annotations
@@ -181,8 +182,8 @@ def _ways(sources: dict[str, Any], params: Any) -> dict[str, Callable[[Any], tup
         "HyperFormer++, mean embedding": lambda few: middle,
     }
     for soft, kind in ((False, "nearest"), (True, "mixture")):
-        ways[f"PHA, {kind}, as it is"] = lambda few, soft=soft: retrieved(few, soft, "all")  # type: ignore[misc]
-        for tuned, what in (("prototypes", "prototype"), ("hypernetwork", "and network"), ("all", "all")):
+        ways[f"PHA, {kind}, as it is"] = lambda few, soft=soft: retrieved(few, soft, "hypernetwork")  # type: ignore[misc]
+        for tuned, what in (("prototypes", "prototype"), ("hypernetwork", "prototype and network")):
             ways[f"PHA, {kind}, {what}"] = lambda few, soft=soft, tuned=tuned: retrieved(few, soft, tuned)  # type: ignore[misc]
     return ways
 

@@ -129,22 +129,23 @@ def train(
         return _read(folder, base, base.steps, rate)
     if KINDS[kind_name].apart:
         options["penalty"] = interference(base.others(task.name), weight=KINDS[kind_name].apart)
-    tree = pf.finetune(
-        adapted,
-        base.params,
-        task,
-        adapters=start if mode is None else adapted.init(None, base.params),
-        steps=base.steps,
-        batch_size=base.batch_size,
-        learning_rate=rate,
-        seed=seed,
-        devices=jax.devices()[:1],
-        progress=False,
-        **options,
-    )
+    how = _how(base, adapted, start, mode, rate, seed)
+    tree = pf.finetune(adapted, base.params, task, steps=base.steps, **how, **options)
     _save(folder, tree, base, method, mode, start, task=task.name, learning_rate=rate, steps=base.steps)
     say(f"trained {kind_name} on {task.name}, seed {seed}")
     return tree
+
+
+def _how(base: Base, adapted: pf.Adapted, start: Any, mode: str | None, rate: float, seed: int) -> dict[str, Any]:
+    """What all training of one kind has in common."""
+    return {
+        "adapters": start if mode is None else adapted.init(None, base.params),
+        "batch_size": base.batch_size,
+        "learning_rate": rate,
+        "seed": seed,
+        "devices": jax.devices()[:1],
+        "progress": False,
+    }
 
 
 def train_together(base: Base, kind_name: str, tasks: Sequence[Any], seed: int, rate: float, folder: Path) -> Any:
@@ -154,19 +155,8 @@ def train_together(base: Base, kind_name: str, tasks: Sequence[Any], seed: int, 
     steps = base.steps * len(tasks)
     if (folder / FILE).is_file():
         return _read(folder, base, steps, rate)
-    tree = pf.finetune_together(
-        adapted,
-        base.params,
-        tasks,
-        adapters=start if mode is None else adapted.init(None, base.params),
-        steps=steps,
-        batch_size=base.batch_size,
-        temperature=math.inf,
-        learning_rate=rate,
-        seed=seed,
-        devices=jax.devices()[:1],
-        progress=False,
-    )
+    how = _how(base, adapted, start, mode, rate, seed)
+    tree = pf.finetune_together(adapted, base.params, tasks, steps=steps, temperature=math.inf, **how)
     _save(folder, tree, base, method, mode, start, task="all", learning_rate=rate, steps=steps)
     return tree
 
