@@ -35,7 +35,7 @@ __all__ = ["ImageEncoder", "base_score", "glue_tasks", "load_images", "text_task
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet, as in DINOv2's preprocessor_config.json
 SPREAD = np.array([0.229, 0.224, 0.225], np.float32)
-WHITEN = 0.01  # ridge of the prototype heads: without whitening the base model scores .45 on average
+RIDGE = 0.01  # of the whitened prototype heads
 
 
 def text_tasks(
@@ -151,8 +151,9 @@ def vision_tasks(
       root: the folder that fetch.py filled; by default ``suites`` in the cache.
       names: which tasks, in this order; all by default.
       size: side of the pictures in pixels; a multiple of the model's patches.
-      head: ``"prototype"`` (cosines with the mean direction of each class, ``pf.tasks.prototype_head``, after whitening: this
-        model's class tokens share one direction) or ``"linear"`` (``pf.tasks.linear_head``).
+      head: ``"prototype"``: cosines with the mean direction of each class, ``pf.tasks.prototype_head``; ``"whitened"``: the same
+        after whitening; ``"linear"``: ``pf.tasks.linear_head``. The last two take from the base model's features most of what
+        short tuning would learn.
       scale: factor of the cosine in the prototype head.
       pad_to: classes are padded to a multiple of this; GTSRB has 43.
       batch_size: rows at a time where features of the training split are computed.
@@ -162,8 +163,8 @@ def vision_tasks(
       FileNotFoundError: if a task has not been fetched.
       ValueError: if a file is damaged, or for another head.
     """
-    if head not in ("prototype", "linear"):
-        raise ValueError(f"head={head!r} must be 'prototype' or 'linear'")
+    if head not in ("prototype", "whitened", "linear"):
+        raise ValueError(f"head={head!r} must be 'prototype', 'whitened' or 'linear'")
     root = default_root() if root is None else Path(root)
     encoder = ImageEncoder(size)
     tasks = []
@@ -186,10 +187,11 @@ def vision_tasks(
         )
         inputs, labels = task.arrays("train")
         rows = _features(model, params, encoder, inputs, batch_size, root / "features" if cache else None)
-        if head == "prototype":
-            made = pf.tasks.prototype_head(rows, labels, len(classes), pad_to=pad_to, scale=scale, whiten=WHITEN)
-        else:
+        if head == "linear":
             made = pf.tasks.linear_head(rows, labels, len(classes), pad_to=pad_to, features=pf.tasks.cls_features)
+        else:
+            ridge = RIDGE if head == "whitened" else None
+            made = pf.tasks.prototype_head(rows, labels, len(classes), pad_to=pad_to, scale=scale, whiten=ridge)
         finished = dataclasses.replace(task, head=made)
         finished._prepared.update(task._prepared)  # the resized pictures serve the training as well
         tasks.append(finished)
