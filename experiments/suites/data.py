@@ -151,7 +151,7 @@ def vision_tasks(
       root: the folder that fetch.py filled; by default ``suites`` in the cache.
       names: which tasks, in this order; all by default.
       size: side of the pictures in pixels; a multiple of the model's patches.
-      head: ``"prototype"``: cosines with the mean direction of each class, ``pf.tasks.prototype_head``; ``"whitened"``: the same
+      head: ``"prototype"``: cosines with the mean direction of each class, ``pf.tasks.prototype_head``; ``"whitened"``: that
         after whitening; ``"linear"``: ``pf.tasks.linear_head``. The last two take from the base model's features most of what
         short tuning would learn.
       scale: factor of the cosine in the prototype head.

@@ -68,6 +68,10 @@ def _one(make: Callable[[], fusion.Fusion]) -> Options:
     return lambda context: {"": make()}
 
 
+def _matched(make: Callable[[], fusion.Fusion]) -> Options:
+    return _one(lambda: fusion.match_norm(make()))
+
+
 def _each(name: str, values: tuple[float, ...], make: Callable[[float], fusion.Fusion]) -> Options:
     return lambda context: {f"{name} {value:g}": make(value) for value in values}
 
@@ -135,6 +139,13 @@ METHODS: dict[str, Method] = {
     "Core Space, isotropic": Method("none", _one(lambda: fusion.core_space(isotropize=True)), only="pairs"),
     "SVC + task arithmetic": Method("none", _one(lambda: fusion.svc(fusion.task_arithmetic(1.0)))),
     "WUDI": Method("none", _one(fusion.wudi)),
+    # At the mean length of the task vectors: what each is worth where there is nothing to choose a length on.
+    "task arithmetic, norm matched": Method("none", _matched(fusion.average), fixed=True),
+    "TIES, norm matched": Method("none", _matched(fusion.ties), fixed=True),
+    "TSV-M, norm matched": Method("none", _matched(fusion.tsv_m), fixed=True),
+    "Iso-C, norm matched": Method("none", _matched(fusion.iso_c), fixed=True),
+    "SVC + task arithmetic, norm matched": Method("none", _matched(lambda: fusion.svc(fusion.task_arithmetic(1.0))), fixed=True),
+    "WUDI, norm matched": Method("none", _matched(fusion.wudi), fixed=True),
     "Fisher": Method("statistics", lambda context: {"": fusion.fisher(context.statistics())}),
     "RegMean": Method("statistics", lambda context: {"": fusion.regmean(context.statistics(), off_diagonal=0.9)}),
     "Kronecker": Method("statistics", _gram()),
@@ -162,7 +173,17 @@ METHODS: dict[str, Method] = {
     "exact, layer-wise, labels": Method("labelled", _solved("cross_entropy", True), fixed=True, only="network"),
 }
 # The kinds of tuning that are controls get these rows only.
-CONTROLS = ("average", "task arithmetic", "TIES", "TSV-M", "Iso-C", "RegMean", "Kronecker", "Kronecker, scale 1")
+CONTROLS = (
+    "average",
+    "task arithmetic",
+    "task arithmetic, norm matched",
+    "TIES",
+    "TSV-M",
+    "Iso-C",
+    "RegMean",
+    "Kronecker",
+    "Kronecker, scale 1",
+)
 
 
 def suits(name: str, kind: Kind) -> bool:

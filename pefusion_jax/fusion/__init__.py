@@ -12,6 +12,7 @@ from pefusion_jax.fusion.geometric import model_stock, slerp
 from pefusion_jax.fusion.grouped import by_layer, by_tensor, per_group, whole
 from pefusion_jax.fusion.localized import emr, tall_masks
 from pefusion_jax.fusion.masked import breadcrumbs, consensus, dare, della, magmax, magnitude_prune
+from pefusion_jax.fusion.norms import match_norm
 from pefusion_jax.fusion.objectives import Objective, Term, objective
 from pefusion_jax.fusion.parts import (
     Fusion,
@@ -73,6 +74,7 @@ __all__ = [
     "lorahub",
     "magmax",
     "magnitude_prune",
+    "match_norm",
     "model_stock",
     "negate",
     "objective",

@@ -76,6 +76,8 @@ METHODS = [
         lambda s: fusion.lines(fusion.task_arithmetic(s), alpha=0.5, beta=0.5),
         lambda: fusion.lines(fusion.average(), alpha=1.0, beta=0.0),
     ),
+    Row("match_norm", lambda s: fusion.match_norm(fusion.task_arithmetic(0.3), s), lambda: fusion.match_norm(fusion.average())),
+    Row("match_norm-ties", lambda s: fusion.match_norm(fusion.ties(0.5), s), lambda: fusion.match_norm(fusion.ties(1.0))),
     Row("tsv_m", fusion.tsv_m),
     Row("tsv_m-directions", lambda s: fusion.tsv_m(s, directions=1), alters="one direction of several is kept"),
     Row("iso_c", fusion.iso_c, alters=EQUAL),
