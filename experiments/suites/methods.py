@@ -144,7 +144,7 @@ METHODS: dict[str, Method] = {
     "TIES, norm matched": Method("none", _matched(fusion.ties), fixed=True),
     "TSV-M, norm matched": Method("none", _matched(fusion.tsv_m), fixed=True),
     "Iso-C, norm matched": Method("none", _matched(fusion.iso_c), fixed=True),
-    "SVC + task arithmetic, norm matched": Method("none", _matched(lambda: fusion.svc(fusion.task_arithmetic(1.0))), fixed=True),
+    "SVC, norm matched": Method("none", _matched(lambda: fusion.svc(fusion.task_arithmetic(1.0))), fixed=True),
     "WUDI, norm matched": Method("none", _matched(fusion.wudi), fixed=True),
     "Fisher": Method("statistics", lambda context: {"": fusion.fisher(context.statistics())}),
     "RegMean": Method("statistics", lambda context: {"": fusion.regmean(context.statistics(), off_diagonal=0.9)}),
