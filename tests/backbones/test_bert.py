@@ -77,17 +77,6 @@ def tiny(variant):
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    @functools.cache
-    def save(variant):
-        path = tmp_path_factory.mktemp("tiny")
-        tiny(variant).save_pretrained(path)
-        return path
-
-    return save
-
-
 def theirs(model, **inputs):
     with torch.no_grad():
         return model(**{name: torch.tensor(array) for name, array in inputs.items()}, output_hidden_states=True)

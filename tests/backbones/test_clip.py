@@ -91,17 +91,6 @@ def tiny(variant):
     return make(kind, "CLIPVisionConfig" if "Vision" in kind else "CLIPTextConfig", seed, one)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    @functools.cache
-    def save(variant):
-        path = tmp_path_factory.mktemp("tiny")
-        tiny(variant).save_pretrained(path)
-        return path
-
-    return save
-
-
 def inputs_of(variant):
     kind = VARIANTS[variant][0]
     inputs = {}

@@ -57,17 +57,6 @@ def tiny(variant):
     return make(kind, config, list(VARIANTS).index(variant), BASE | changes)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    @functools.cache
-    def save(variant):
-        path = tmp_path_factory.mktemp("tiny")
-        tiny(variant).save_pretrained(path)
-        return path
-
-    return save
-
-
 def images(variant):
     return pixels(*VARIANTS[variant][2], channels=tiny(variant).config.num_channels)
 

@@ -73,17 +73,6 @@ def tiny(variant):
     return parity.randomize(getattr(transformers, family + kind)(config), list(VARIANTS).index(variant))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    @functools.cache
-    def save(variant):
-        path = tmp_path_factory.mktemp("tiny")
-        tiny(variant).save_pretrained(path)
-        return path
-
-    return save
-
-
 def raw_config(path):
     return json.loads((path / "config.json").read_text())
 

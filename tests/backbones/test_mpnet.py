@@ -53,17 +53,6 @@ def tiny(variant):
     return model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    @functools.cache
-    def save(variant):
-        path = tmp_path_factory.mktemp("tiny")
-        tiny(variant).save_pretrained(path)
-        return path
-
-    return save
-
-
 @variants
 def test_tiny_models_agree_with_transformers(variant, folder):
     model, params = load_pretrained(folder(variant))

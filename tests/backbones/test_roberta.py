@@ -48,17 +48,6 @@ def tiny(variant):
     return randomize(kind(config, **options), list(VARIANTS).index(variant))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    @functools.cache
-    def save(variant):
-        path = tmp_path_factory.mktemp("tiny")
-        tiny(variant).save_pretrained(path)
-        return path
-
-    return save
-
-
 def inputs_of(variant):
     config = tiny(variant).config
     inputs = {"input_ids": ids(config.pad_token_id), "attention_mask": MASK}

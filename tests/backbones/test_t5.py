@@ -81,17 +81,6 @@ def tiny(variant):
     return model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    @functools.cache
-    def save(variant):
-        path = tmp_path_factory.mktemp("t5")
-        tiny(variant).save_pretrained(path)
-        return path
-
-    return save
-
-
 def inputs_of(variant):
     inputs = dict(input_ids=IDS, attention_mask=MASK)
     if VARIANTS[variant][0] is not ENCODER:

@@ -60,17 +60,6 @@ def tiny(variant):
     return make(kind, kind[: kind.index("T") + 1] + "Config", list(VARIANTS).index(variant), BASE | changes, **options)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    @functools.cache
-    def save(variant):
-        path = tmp_path_factory.mktemp("tiny")
-        tiny(variant).save_pretrained(path)
-        return path
-
-    return save
-
-
 def images(variant, **options):
     config = tiny(variant).config
     size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
