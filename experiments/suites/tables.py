@@ -11,6 +11,7 @@ import numpy as np
 from experiments.rows import markdown, write_tables
 from experiments.suites.kinds import KINDS
 from experiments.suites.methods import METHODS
+from pefusion_jax.evaluation import plot_ranking
 
 COLUMNS = ("kind", "method", "data", "seeds", "mean", "mean sd", "normalized", "normalized sd", "worst", "of LoRA")
 
@@ -72,7 +73,8 @@ def best_rows(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 key = (line["kind"], need)
                 if key not in found or line["normalized"] > found[key]["normalized"]:
                     found[key] = {**line, "needs at most": need}
-    return list(found.values())
+    order = list(dict.fromkeys(kind for kind, _ in found))
+    return sorted(found.values(), key=lambda line: (order.index(line["kind"]), NEEDS.index(line["needs at most"])))
 
 
 def _mean(values: list[float]) -> float | None:
@@ -90,3 +92,13 @@ def write(rows: Mapping[str, Any], out: Path) -> None:
     best = markdown(few, [[line[column] for column in few] for line in best_rows(lines)], texts=3)
     every = [[line[column] for column in COLUMNS] for line in lines]
     write_tables(out, best, markdown(COLUMNS, every, texts=3), columns=COLUMNS, lines=every)
+    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    for line in lines:
+        if line["method"] in METHODS:
+            groups.setdefault(line["kind"], {})[line["method"]] = (line["mean"], line["mean sd"] or 0.0)
+    beside = ("zero-shot", "single-task models", "multi-task training")
+    first = next(iter(KINDS.values())).title
+    among = {line["method"]: line["mean"] for line in lines if line["kind"] in ("base model", first)}
+    if groups:
+        known = {f"{first}, {name}" if name != beside[0] else name: among[name] for name in beside if name in among}
+        plot_ranking(groups, out / "ranking.png", x="mean score of the tasks", lines=known)

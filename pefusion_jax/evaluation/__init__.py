@@ -23,7 +23,7 @@ from pefusion_jax.evaluation.geometry import (
 )
 from pefusion_jax.evaluation.groups import Grouped, cache_groups
 from pefusion_jax.evaluation.page import Page, write_page
-from pefusion_jax.evaluation.plots import plot_curves, plot_scores, plot_sweep
+from pefusion_jax.evaluation.plots import plot_curves, plot_ranking, plot_scores, plot_sweep
 from pefusion_jax.evaluation.report import Comparison, Row
 from pefusion_jax.evaluation.scores import Scores, accuracy_scores, evaluate, evaluate_base, predict
 from pefusion_jax.evaluation.sweep import (
@@ -74,6 +74,7 @@ __all__ = [
     "plot_layers",
     "plot_loss_plane",
     "plot_matrix",
+    "plot_ranking",
     "plot_scores",
     "plot_sweep",
     "predict",

@@ -234,6 +234,55 @@ def plot_curves(
     save_figure(figure, path, out.getvalue())
 
 
+def plot_ranking(
+    groups: Mapping[str, Mapping[str, tuple[float, float]]],
+    path: str | os.PathLike[str],
+    *,
+    x: str = "mean score",
+    lines: Mapping[str, float] | None = None,
+) -> None:
+    """Draws a row for each name with a point and its spread for each group, the best of the first group at the top.
+
+    Args:
+      groups: group -> name -> (mean, spread); names may be in some groups only, and those that the first lacks come last.
+      path: of the PNG; a CSV of the same name is written beside it.
+      x: label of the horizontal axis.
+      lines: values to compare with, by name: vertical lines.
+
+    Raises:
+      ValueError: if there is nothing to draw.
+    """
+    names = list(dict.fromkeys(name for points in groups.values() for name in points))
+    if not names:
+        raise ValueError("there is nothing to rank")
+    first = next(iter(groups.values()))
+    names.sort(key=lambda name: -first[name][0] if name in first else np.inf)
+    figure, axes = _figure(6.8, 0.17 * len(names) + 1.0)
+    for g, (group, points) in enumerate(groups.items()):
+        shift = 0.16 * (g - (len(groups) - 1) / 2)
+        found = [(points[name][0], y + shift, points[name][1]) for y, name in enumerate(names) if name in points]
+        mean, place, spread = np.asarray(found, np.float64).T
+        style = {"color": COLOURS[g % len(COLOURS)], "marker": MARKERS[g % len(MARKERS)]}
+        axes.errorbar(mean, place, xerr=spread, linestyle="", markersize=3.5, elinewidth=0.8, label=group, **style)
+    for c, (label, value) in enumerate((lines or {}).items()):
+        axes.axvline(value, color="0.45", linewidth=0.9, linestyle=("--", ":", "-.")[c % 3], label=label)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlabel(x, fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(True, linewidth=0.4, alpha=0.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7, frameon=False)
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["group", "name", "mean", "spread"])
+    for group, points in groups.items():
+        writer.writerows([group, name, *(repr(float(v)) for v in points[name])] for name in names if name in points)
+    save_figure(figure, path, out.getvalue())
+
+
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

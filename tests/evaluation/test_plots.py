@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from pefusion_jax.evaluation import Comparison, Row, Scores, plot_curves, plot_scores, plot_sweep
+from pefusion_jax.evaluation import Comparison, Row, Scores, plot_curves, plot_ranking, plot_scores, plot_sweep
 
 TASKS = ["CoLA", "MNLI", "RTE"]
 ONE = {"a": {1.0: (0.5, 0.1)}}
@@ -78,6 +78,25 @@ def test_curves(tmp_path):
     ]
     with pytest.raises(ValueError, match="no curve"):
         plot_curves({"PHA": {}}, tmp_path / "bad.png", x="examples")
+
+
+def test_ranking(tmp_path):
+    groups = {"LoRA": {"TIES": (0.7, 0.02), "Iso-C": (0.8, 0.01)}, "full": {"only here": (0.9, 0.0), "TIES": (0.75, 0.0)}}
+    plot_ranking(groups, tmp_path / "ranking.png", lines={"zero-shot": 0.6})
+    small = check_png(tmp_path / "ranking.png")
+    # In the order of the plot, from the top: the first group's best, then what it lacks.
+    assert read_csv(tmp_path / "ranking.csv") == [
+        ["group", "name", "mean", "spread"],
+        ["LoRA", "Iso-C", "0.8", "0.01"],
+        ["LoRA", "TIES", "0.7", "0.02"],
+        ["full", "TIES", "0.75", "0.0"],
+        ["full", "only here", "0.9", "0.0"],
+    ]
+    many = {"LoRA": {f"method {i}": (i / 30, 0.0) for i in range(30)}}
+    plot_ranking(many, tmp_path / "many.png")
+    assert check_png(tmp_path / "many.png")[1] > 2 * small[1]
+    with pytest.raises(ValueError, match="nothing to rank"):
+        plot_ranking({"LoRA": {}}, tmp_path / "bad.png")
 
 
 def test_no_global_state_and_no_leftovers(tmp_path):
