@@ -92,6 +92,8 @@ class Fuse:
     """Name of a method of pefusion_jax.fusion."""
     set: tuple[str, ...] = ()
     """Arguments of the method, NAME=VALUE; its own defaults for those that are not given."""
+    match_norm: bool = False
+    """Give the fused change the mean length of the runs' changes, in place of the method's own scale."""
     rank: int | None = None
     """Bring the fused change to this rank, and say how much of it is lost."""
     space: Literal["weight", "adapter"] = "weight"
@@ -226,7 +228,11 @@ def fuse(given: Fuse) -> None:
             "the runs started from different adapters, so they have no common space to be fused in; train them with the same "
             "--seed, or fuse plain adapters in --space weight"
         )
+    if given.match_norm and given.space != "weight":
+        raise ValueError("--match-norm is for weight changes; fuse in --space weight")
     method = _fusion_method(given)
+    if given.match_norm:
+        method = pf.fusion.match_norm(method)
     given_trees = {name: run.tree for name, run in loaded.items()}
     plain_start = first.adapters0 if first.spec["mode"] is None else None
     tree = (

@@ -44,6 +44,7 @@ def test_finetune_writes_what_it_takes_to_go_on(out):
         ("plain", ["--method", "ties", "--set", "density=0.3", "trim=per_tensor", "--rank", "4"]),
         ("plain", ["--method", "gram", "--set", "iterations=5"]),
         ("plain", ["--method", "average", "--space", "adapter"]),
+        ("plain", ["--method", "iso_c", "--match-norm"]),
         ("network", ["--method", "task_arithmetic", "--set", "scale=0.5"]),
     ],
 )
@@ -87,6 +88,7 @@ def test_errors_are_one_line_and_leave_nothing(given, message, tmp_path, capsys,
         ("plain", ["--method", "lines", "--set", "method=ties"], "lines cannot be made of method"),
         ("network", ["--method", "gram"], "train"),
         ("plain", ["--space", "adapter", "--rank", "2"], "--rank is for weight changes"),
+        ("plain", ["--space", "adapter", "--match-norm"], "--match-norm is for weight changes"),
     ],
 )
 def test_methods_that_cannot_be_used_are_refused(out, mode, options, message, tmp_path, capsys):
