@@ -54,6 +54,7 @@ class Method(NamedTuple):
       options: context -> label of a setting -> fusion method, or what it gives; the setting is chosen on validation data with
         the length.
       fixed: the length is the method's own.
+      tuned: a setting is chosen on labelled examples even so.
       only: the tunings that it is for: low-rank pairs (``"pairs"``), LoRA run as it is (``"lora"``), or a model that is
         linear in the network (``"network"``); ``""`` for all.
     """
@@ -61,6 +62,7 @@ class Method(NamedTuple):
     data: str
     options: Options
     fixed: bool = False
+    tuned: bool = False
     only: Literal["", "pairs", "lora", "network"] = ""
 
 
@@ -150,7 +152,9 @@ METHODS: dict[str, Method] = {
     "RegMean": Method("statistics", lambda context: {"": fusion.regmean(context.statistics(), off_diagonal=0.9)}),
     "Kronecker": Method("statistics", _gram()),
     "Kronecker, scale 1": Method("statistics", _gram(), fixed=True),
-    "task arithmetic in factor space": Method("none", _factors((0.125, 0.2, 0.3, 0.45, 0.7, 1.0)), fixed=True, only="lora"),
+    "task arithmetic in factor space": Method(
+        "none", _factors((0.125, 0.2, 0.3, 0.45, 0.7, 1.0)), fixed=True, tuned=True, only="lora"
+    ),
     "average in factor space": Method("none", _factors((1 / 8,)), fixed=True, only="lora"),
     "AdaMerging, task-wise": Method("unlabelled", _searched("entropy", False), fixed=True, only="lora"),
     "AdaMerging, layer-wise": Method("unlabelled", _searched("entropy", True), fixed=True, only="lora"),
@@ -168,7 +172,7 @@ METHODS: dict[str, Method] = {
     ),
     "exact, task-wise, least squares": Method("unlabelled", _solved("least_squares", False), only="network"),
     "exact, layer-wise, least squares": Method("unlabelled", _solved("least_squares", True), only="network"),
-    "exact, task-wise, entropy": Method("unlabelled", _solved("entropy", False), fixed=True, only="network"),
+    "exact, task-wise, entropy": Method("unlabelled", _solved("entropy", False), fixed=True, tuned=True, only="network"),
     "exact, task-wise, labels": Method("labelled", _solved("cross_entropy", False), fixed=True, only="network"),
     "exact, layer-wise, labels": Method("labelled", _solved("cross_entropy", True), fixed=True, only="network"),
 }

@@ -69,7 +69,7 @@ def best_rows(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         own = {"none": 0, "statistics": 1, "unlabelled": 2, "labelled": 3}[method.data]
         for place, need in enumerate(NEEDS):
-            if (own if method.fixed else 3) <= place:
+            if (own if method.fixed and not method.tuned else 3) <= place:
                 key = (line["kind"], need)
                 if key not in found or line["normalized"] > found[key]["normalized"]:
                     found[key] = {**line, "needs at most": need}
