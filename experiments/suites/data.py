@@ -35,8 +35,8 @@ __all__ = ["ImageEncoder", "base_score", "glue_tasks", "load_images", "text_task
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet, as in DINOv2's preprocessor_config.json
 SPREAD = np.array([0.229, 0.224, 0.225], np.float32)
-# Ridge of the prototype heads: a small one leaves little to learn, and without whitening tuning changes so much that no fusion
-# of the changes is any good.
+# Ridge of the prototype heads: a small one leaves little to learn; without whitening the heads are weak. See README.md for how
+# it was chosen.
 WHITEN = 10.0
 
 

@@ -80,14 +80,10 @@ def make_folder(path, weights, **more):
     return path
 
 
-def make_wheel(folder, members, link=None):
+def make_wheel(folder, members):
     with zipfile.ZipFile(folder / "tiny_wheel-1.2.3-py3-none-any.whl", "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-        if link:
-            info = zipfile.ZipInfo(link)
-            info.external_attr = 0o120777 << 16
-            archive.writestr(info, "/etc/passwd")
 
 
 def members(weights):
