@@ -21,7 +21,8 @@ def match_norm(method: Fusion, scale: float | jax.Array = 1.0) -> Fusion:
 
     with the norms of whole trees. It replaces the inner method's own scale, which is lost. Where tasks have little in common
     the average is about :math:`\sqrt T` times shorter than each. What this is worth differs: much on
-    ``experiments/text_suite``, nothing so far on ``experiments/vision_suite``. Low-rank changes stay low-rank if they do in the inner method. Use it in weight space.
+    ``experiments/text_suite``, nothing so far on ``experiments/vision_suite``. Low-rank changes stay low-rank if they do in the
+    inner method. Use it in weight space.
 
     Args:
       method: the inner method; its scale must not be 0.
