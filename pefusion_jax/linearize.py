@@ -39,6 +39,8 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
     Cost in forward passes of the base model, LoRA: ``network`` forward 2.05 and gradient 3.08; ``layer`` 1.02 and 2.06;
     ``weight`` 2.05 and 3.1.
 
+    A generated model's ``auxiliary`` loss is not a part of the expansion, whose retriever stands still: train with it first.
+
     Args:
       adapted: the model to expand; not itself linearized.
       adapters0: the point of expansion, as from ``adapted.init``. It becomes part of the returned functions.
@@ -97,9 +99,6 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
         moved = _jvp(lambda theta: adapted.materialise(params, theta, task), adapters0, full(tau))  # type: ignore[misc]
         return jax.tree.map(jnp.add, *moved)
 
-    def auxiliary(params: Any, tau: Any, outputs: Any, inputs: Any) -> jax.Array:
-        return adapted.auxiliary(params, jax.tree.map(jnp.add, adapters0, full(tau)), outputs, inputs)  # type: ignore[misc]
-
     def start(params: Any) -> Any:
         """Base parameters with the change of ``adapters0`` written into them."""
         return fold(params, adapted.deltas(params, adapters0))
@@ -138,7 +137,6 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
         else dataclasses.replace(adapted.origin, mode=mode, adapters0=adapters0, plain=adapted),
         tasks=adapted.tasks,
         materialise=None if adapted.materialise is None else materialise,
-        auxiliary=None if adapted.auxiliary is None else auxiliary,
     )
 
 

@@ -22,8 +22,8 @@ class Approach(NamedTuple):
       build: ``(model, task names) -> `` the tunable model.
       together: one tree for all tasks, trained on mixed batches; else a tree for each.
       rates: peak learning rates to choose from.
-      start: for those that begin with prompts of single tasks: ``(model, parameters, tasks, task name -> prompt tree) -> ``
-        where training starts, task name (or ``""``, where there is one tree) -> tree.
+      start: for those that begin with prompts of single tasks: ``(model, parameters, tasks, task name -> prompt tree, seed)``
+        -> where training starts, task name (or ``""``, where there is one tree) -> tree.
     """
 
     build: Callable[[Any, tuple[str, ...]], pf.Adapted]
@@ -56,16 +56,21 @@ def _attempt(model: Any, tasks: tuple[str, ...]) -> pf.Adapted:
     return pf.generate(_prompted(model), generators.Attempt(sources=tasks, tasks=tasks, prompts=none))
 
 
-def _with_sources(adapted: pf.Adapted, params: Any, tasks: Sequence[Any], prompts: Mapping[str, Any]) -> dict[str, Any]:
+def _with_sources(
+    adapted: pf.Adapted, params: Any, tasks: Sequence[Any], prompts: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
     """ATTEMPT on all tasks at once: the sources are the prompts that each task trained alone, and so are the targets."""
     example = train_batch(tasks[0], 0, 2, 0)["inputs"]
-    tree = adapted.init(jax.random.key(0), params, **example, task=0)
+    tree = adapted.init(jax.random.key(seed), params, **example, task=0)
     stacked = jnp.stack([jax.tree.leaves(prompts[task.name])[0] for task in tasks])
     return {"": {**tree, "sources": stacked, "target": jax.tree.map(lambda leaf: stacked, tree["target"])}}
 
 
-def _most_alike(adapted: pf.Adapted, params: Any, tasks: Sequence[Any], prompts: Mapping[str, Any]) -> dict[str, Any]:
+def _most_alike(
+    adapted: pf.Adapted, params: Any, tasks: Sequence[Any], prompts: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
     """SPoT: each task starts from the other task's prompt that is most like its own."""
+    del adapted, params, seed
     start = {}
     for task in tasks:
         others = {name: tree for name, tree in prompts.items() if name != task.name}
@@ -90,6 +95,7 @@ APPROACHES: dict[str, Approach] = {
     "task embeddings": Approach(
         lambda model, tasks: pf.generate(_parallel(model), generators.task_embeddings(tasks)), True, _HYPER
     ),
+    "HyperFormer": Approach(lambda model, tasks: pf.generate(_houlsby(model), generators.hyperformer(tasks)), True, _HYPER),
     "HyperFormer++": Approach(
         lambda model, tasks: pf.generate(_houlsby(model), generators.hyperformer_plus_plus(tasks)), True, _HYPER
     ),

@@ -2,8 +2,9 @@
 
     python experiments/generators/condlora_glue.py --data /folder/with/glue --out experiments/condlora_glue
 
-Resumable. Rates are chosen for each method on the validation split of one task and then fixed. Speed: steps of both methods
-take turns on warm programs in one process; the ratio is that of the medians.
+Resumable. Rates are chosen for each method on the validation splits of some tasks and then fixed. Every seed draws other
+training examples, and the heads are fitted to these. Speed: steps of both methods take turns on warm programs in one process;
+the ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a script
 
 import pefusion_jax as pf
+from experiments.rates import best_rate
 from experiments.rows import Rows, clock, markdown, write_tables
 from experiments.suites import data
 from pefusion_jax import generators, trees
@@ -48,8 +50,8 @@ class Settings:
     """The encoder."""
     tasks: tuple[str, ...] = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
     """Which sets."""
-    rate_task: str = "mrpc"
-    """The set that rates are chosen on."""
+    rate_tasks: tuple[str, ...] = ("mrpc", "stsb")
+    """The sets that rates are chosen on, by their mean score."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the start and of the order."""
     rank: int = 8
@@ -61,7 +63,7 @@ class Settings:
     train_examples: int = 1000
     """Training examples of each set."""
     validation_examples: int = 150
-    """Validation examples of the set that rates are chosen on."""
+    """Validation examples of each set that rates are chosen on."""
     test_examples: int = 200
     """Test examples of each set."""
     max_length: int = 48
@@ -80,8 +82,8 @@ def main(settings: Settings) -> None:
     plain = pf.adapt(model, pf.LoRA(rank=settings.rank, alpha=settings.rank, targets=TARGETS))
     kinds = {"LoRA": plain, "CondLoRA": pf.generate(plain, generators.CondLoRA())}
 
-    def made(name: str) -> Any:
-        sizes = {"train_size": settings.train_examples, "test_size": settings.test_examples}
+    def made(name: str, seed: int) -> Any:
+        sizes = {"train_size": settings.train_examples, "test_size": settings.test_examples, "train_seed": seed}
         (task,) = data.glue_tasks(
             model, params, tokenizer, settings.data, names=(name,), max_length=settings.max_length, **sizes
         )
@@ -95,25 +97,26 @@ def main(settings: Settings) -> None:
 
     for kind, adapted in kinds.items():
         if f"rate/{kind}" not in rows:
-            task, found = made(settings.rate_task), {}
-            for rate in RATES:
-                tree = train(adapted, task, rate, settings.seeds[0])
-                found[f"{rate:g}"] = pf.evaluate(adapted, params, tree, [task], split="validation")[task.name]
-            best = max(found.values())
-            rate = min(float(rate) for rate, score in found.items() if score == best)
-            rows.put(f"rate/{kind}", rate=rate, validation=found)
-            say(f"{kind}: learning rate {rate:g} of {found}")
+            trials = [made(name, settings.seeds[0]) for name in settings.rate_tasks]
+
+            def validated(rate: float, adapted: Any = adapted, trials: Any = trials) -> float:
+                trained = [(task, train(adapted, task, rate, settings.seeds[0])) for task in trials]
+                scores = [pf.evaluate(adapted, params, tree, [task], split="validation").mean for task, tree in trained]
+                return float(np.mean(scores))
+
+            chosen = best_rate(validated, RATES, lambda text, kind=kind: say(f"{kind}, {text}"))  # type: ignore[misc]
+            rows.put(f"rate/{kind}", **chosen)
     if "speed" not in rows:
-        rows.put("speed", **speed(kinds, params, made(settings.rate_task), settings))
+        rows.put("speed", **speed(kinds, params, made(settings.rate_tasks[0], settings.seeds[0]), settings))
         say(f"speed: {rows['speed']}")
     for name in settings.tasks:
-        task = None
         for seed in settings.seeds:
+            task = None
             for kind, adapted in kinds.items():
                 key = f"{kind}/{name}/{seed}"
                 if key in rows:
                     continue
-                task = task or made(name)
+                task = task or made(name, seed)
                 tree = train(adapted, task, rows[f"rate/{kind}"]["rate"], seed)
                 scores = pf.evaluate(adapted, params, tree, [task])
                 count = sum(leaf.size for leaf in jax.tree.leaves(adapted.trainable(tree)))
@@ -175,22 +178,33 @@ def speed(kinds: dict[str, pf.Adapted], params: Any, task: Any, settings: Settin
 
 
 def write(found: dict[str, Any], out: Path) -> None:
-    """``results.md`` and ``results.csv``: a line for each method."""
-    runs = [row for row in found.values() if "kind" in row and "task" in row]
-    names = list(dict.fromkeys(row["task"] for row in runs))
-    columns, lines = ("method", "trained", *names, "mean", "standard error"), []
-    for kind in dict.fromkeys(row["kind"] for row in runs):
-        scores: list[float] = []
-        by_seed: dict[int, list[float]] = {}
-        for name in names:
-            here = [row for row in runs if row["kind"] == kind and row["task"] == name]
-            scores.append(float(np.mean([row["score"] for row in here])))
-            for row in here:
-                by_seed.setdefault(row["seed"], []).append(row["score"])
-        means = [float(np.mean(of_seed)) for of_seed in by_seed.values()]
-        error = float(np.std(means, ddof=1) / len(means) ** 0.5) if len(means) > 1 else None
-        trained = next(row["trained"] for row in runs if row["kind"] == kind)
-        lines.append((kind, f"{trained:,}", *scores, float(np.mean(means)), error))
+    """``results.md`` and ``results.csv``: a line for each method, and one for what CondLoRA is better by.
+
+    The two standard errors of a mean over tasks: ``over seeds``, of means that have other training examples, and ``over test
+    examples``, of a finite test split that both methods share: of the difference the second is an upper bound.
+    """
+    runs = {(row["kind"], row["task"], row["seed"]): row for row in found.values() if "kind" in row and "task" in row}
+    names = list(dict.fromkeys(task for _, task, _ in runs))
+    kinds = list(dict.fromkeys(kind for kind, _, _ in runs))
+    # Means over tasks need all of them.
+    seeds = [s for s in sorted({seed for _, _, seed in runs}) if all((k, n, s) in runs for k in kinds for n in names)]
+    if not seeds:
+        return
+    scores = {k: np.asarray([[runs[k, n, s]["score"] for n in names] for s in seeds]) for k in kinds}
+    errors = {k: np.asarray([[runs[k, n, s]["stderr"] for n in names] for s in seeds]) for k in kinds}
+    trained = {k: next(f"{row['trained']:,}" for row in runs.values() if row["kind"] == k) for k in kinds}
+    if len(kinds) == 2:
+        gain = f"{kinds[1]} minus {kinds[0]}"
+        scores[gain] = scores[kinds[1]] - scores[kinds[0]]
+        errors[gain] = np.hypot(errors[kinds[0]], errors[kinds[1]])
+    columns = ("method", "trained", *names, "mean", "error over seeds", "error over test examples")
+    lines = []
+    for kind, table in scores.items():
+        over_seeds = float(np.std(table.mean(axis=1), ddof=1) / len(seeds) ** 0.5) if len(seeds) > 1 else None
+        # The test examples are the same for all seeds, so seeds do not make this one smaller.
+        over_examples = float(np.sqrt(np.mean(np.square(errors[kind]), axis=0).sum()) / len(names))
+        means = [float(score) for score in table.mean(axis=0)]
+        lines.append((kind, trained.get(kind), *means, float(table.mean()), over_seeds, over_examples))
     write_tables(out, markdown(columns, lines), columns=columns, lines=lines)
 
 

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a s
 
 import pefusion_jax as pf
 from experiments.generators.approaches import APPROACHES, tune
+from experiments.rates import best_rate
 from experiments.rows import Rows, clock, markdown, write_tables
 from experiments.suites import data
 from experiments.suites.fetch import default_root
@@ -38,6 +39,7 @@ from pefusion_jax.tasks.task import stream
 SOURCES = ("shared adapter", "HyperFormer++", "PHA")
 NEW = "new"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+PROTOTYPE_RATES = (1e-2, 3e-2, 1e-1)  # entries of a prototype are of size 1, and Adam moves one by about the rate a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +109,13 @@ def main(settings: Settings) -> None:
             task = next(iter(labelled.values()))
             trial = dataclasses.replace(task, validation=task.validation[: settings.validation_examples])
             few = few_of(trial, middle, settings.seeds[0])
-            found = {
-                f"{rate:g}": score(way, trial, few, rate, settings.seeds[0], "validation").mean
-                for rate in ((0.0,) if untuned else RATES)
-            }
-            best = max(found.values())
-            rows.put(f"rate/{way}", rate=min(float(r) for r, value in found.items() if value == best), validation=found)
-            say(f"{way}: rate {rows[f'rate/{way}']['rate']:g} of {found}")
+
+            def validated(rate: float, way: str = way, trial: Any = trial, few: Any = few) -> float:
+                return score(way, trial, few, rate, settings.seeds[0], "validation").mean
+
+            rates = (0.0,) if untuned else PROTOTYPE_RATES if way.endswith("prototype") else RATES
+            chosen = best_rate(validated, rates, lambda text, way=way: say(f"{way}, {text}"))  # type: ignore[misc]
+            rows.put(f"rate/{way}", **chosen)
         for name, task in labelled.items():
             for shots in settings.shots:
                 for seed in settings.seeds:

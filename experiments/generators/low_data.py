@@ -4,7 +4,9 @@
     python experiments/generators/low_data.py --suite glue --data /folder/with/glue --out experiments/low_data_glue
 
 Each seed draws other examples. Rates are chosen on the validation split with the smallest number of examples and the first
-seed, and then fixed; the test split is scored once a row. Resumable: rows that are in ``OUT/rows.json`` are not made again.
+seed, and then fixed; the test split is scored once a row. All numbers of examples get the same number of updates, and so do all
+approaches: those that start from prompts of single tasks spend half of theirs on these. Resumable: rows that are in
+``OUT/rows.json`` are not made again.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a s
 
 import pefusion_jax as pf
 from experiments.generators.approaches import APPROACHES, PROMPTS, Approach, Tuned, tune
+from experiments.rates import best_rate
 from experiments.rows import Rows, clock, markdown, write_tables
 from experiments.suites import data
 from pefusion_jax import generators
@@ -53,7 +56,7 @@ class Settings:
     approaches: tuple[str, ...] = tuple(APPROACHES)
     """Which ways of tuning."""
     steps: int = 100
-    """Updates of each task; those of all tasks together are as many as of all tasks apart."""
+    """Updates of each task, whatever its number of examples; all tasks together get as many as all tasks apart."""
     batch_size: int = 16
     """Examples of an update."""
     validation_examples: int = 100
@@ -75,44 +78,49 @@ def main(settings: Settings) -> None:
     first = draw(min(settings.examples), settings.seeds[0])
     task_names = tuple(task.name for task in first)
     say(f"{settings.model}; tasks: {', '.join(task_names)}")
-    how: dict[str, Any] = {"steps": settings.steps, "batch_size": settings.batch_size}
+
+    def how(approach: Approach) -> dict[str, Any]:
+        return {"steps": settings.steps // (1 if approach.start is None else 2), "batch_size": settings.batch_size}
 
     @functools.cache
     def built(name: str) -> Any:
         return APPROACHES[name].build(model, task_names)
 
-    def started(approach: Approach, adapted: Any, tasks: Any, seed: int) -> Any:
-        """Where training starts, if that is not the model's own start: with prompts that each task trained alone."""
+    def started(approach: Approach, adapted: Any, tasks: Any, seed: int) -> tuple[Any, int]:
+        """Where training starts, if not at the model's own start: with prompts that each task trained alone; their size."""
         if approach.start is None:
-            return None
+            return None, 0
         if f"rate/{PROMPTS}" not in rows:
             raise ValueError(f"the rate of {PROMPTS!r} is not known yet; put it before the others in --approaches")
         rate = rows[f"rate/{PROMPTS}"]["rate"]
-        made = tune(APPROACHES[PROMPTS], built(PROMPTS), params, tasks, rate=rate, seed=seed, **how)
-        return approach.start(adapted, params, tasks, made.trees)
+        made = tune(APPROACHES[PROMPTS], built(PROMPTS), params, tasks, rate=rate, seed=seed, **how(approach))
+        return approach.start(adapted, params, tasks, made.trees, seed), made.trained
 
     for name in settings.approaches:
         approach, adapted = APPROACHES[name], built(name)
         if f"rate/{name}" not in rows:
-            found, start = {}, started(approach, adapted, first, settings.seeds[0])
-            for rate in approach.rates:
-                tuned = tune(approach, adapted, params, first, rate=rate, seed=settings.seeds[0], start=start, **how)
-                found[f"{rate:g}"] = tuned.scores(params, first, "validation").mean
-                say(f"{name}, rate {rate:g}: validation {found[f'{rate:g}']:.3f}")
-            best = max(found.values())
-            rows.put(f"rate/{name}", rate=min(float(r) for r, score in found.items() if score == best), validation=found)
+            seed = settings.seeds[0]
+            start, _ = started(approach, adapted, first, seed)
+
+            def validated(rate: float, approach: Any = approach, adapted: Any = adapted, start: Any = start) -> float:
+                tuned = tune(approach, adapted, params, first, rate=rate, seed=settings.seeds[0], start=start, **how(approach))
+                return tuned.scores(params, first, "validation").mean
+
+            chosen = best_rate(validated, approach.rates, lambda text, name=name: say(f"{name}, {text}"))  # type: ignore[misc]
+            rows.put(f"rate/{name}", examples=min(settings.examples), seed=seed, **chosen)
         for count in settings.examples:
             for seed in settings.seeds:
                 key = f"{name}/{count}/{seed}"
                 if key in rows:
                     continue
                 tasks = draw(count, seed)
-                start = started(approach, adapted, tasks, seed)
+                start, before = started(approach, adapted, tasks, seed)
                 rate = rows[f"rate/{name}"]["rate"]
-                tuned = tune(approach, adapted, params, tasks, rate=rate, seed=seed, start=start, **how)
+                tuned = tune(approach, adapted, params, tasks, rate=rate, seed=seed, start=start, **how(approach))
                 scores = tuned.scores(params, tasks, "test")
                 more = retrieval(tuned, params, tasks, f"{count}_{seed}", settings.out)
-                rows.put(key, approach=name, examples=count, seed=seed, trained=tuned.trained, **more, **scores.to_dict())
+                trained = tuned.trained + before
+                rows.put(key, approach=name, examples=count, seed=seed, trained=trained, **more, **scores.to_dict())
                 say(f"{name}, {count} examples, seed {seed}: {scores.mean:.3f}")
         write(rows.found, settings.out)
         jax.clear_caches()  # hardly anything is shared between approaches
@@ -126,7 +134,9 @@ def tasks_of(settings: Settings, model: Any, params: Any) -> Callable[[int, int]
         if settings.suite == "embedded":
             made = []
             for rows in pf.tasks.embedded("all").values():
-                train = rows.train.picked(stream(len(rows.train), 0, min(count, len(rows.train)), seed))
+                if count > len(rows.train):
+                    raise ValueError(f"--examples {count}: {rows.name} has {len(rows.train)} training examples; ask for fewer")
+                train = rows.train.picked(stream(len(rows.train), 0, count, seed))
                 few = rows._replace(train=train)
                 made.append(pf.tasks.text_task(few, model, params, tokenizer, buckets=(16, 32)))
         elif settings.data is None:
@@ -146,15 +156,15 @@ def tasks_of(settings: Settings, model: Any, params: Any) -> Callable[[int, int]
 
 
 def retrieval(tuned: Tuned, params: Any, tasks: Any, name: str, out: Path) -> dict[str, Any]:
-    """Share of each task's test examples that are nearest to its own prototype, and plots; nothing for models without."""
+    """Share of each task's validation examples that are nearest to its own prototype, and plots; nothing for models without."""
     generator = tuned.adapted.origin.generator if tuned.adapted.origin else None
     if not getattr(generator, "contrasts", False):
         return {}
     tree, names = tuned.trees[""], tuned.adapted.tasks
-    table = generators.retrieval_table(tuned.adapted, params, tree, tasks, split="test")
+    table = generators.retrieval_table(tuned.adapted, params, tree, tasks, split="validation")
     votes = [[table[task][other] for other in names] for task in names]
     shown = {"rows": "task of the examples", "columns": "nearest prototype", "centre": None, "percent": True}
-    plot_matrix(votes, names, out / f"retrieval_{name}.png", label="% of the test examples", **shown)  # type: ignore[arg-type]
+    plot_matrix(votes, names, out / f"retrieval_{name}.png", label="% of the validation examples", **shown)  # type: ignore[arg-type]
     unit = tree["tasks"] / np.linalg.norm(tree["tasks"], axis=1, keepdims=True)
     plot_matrix(unit @ unit.T, names, out / f"prototypes_{name}.png", label="cosine of prototypes")
     return {"retrieval": {task: table[task][task] for task in names}}

@@ -76,7 +76,11 @@ class CondLoRA:
         Raises:
           ValueError: if they are no matrices of one shape, or not square where they must be.
         """
-        found = {path: leaf.shape for path, leaf in params.items() if layout.role(path)[0] == f"{role}/kernel"}
+        found = {
+            path: leaf.shape
+            for path, leaf in params.items()
+            if layout.role(path)[0] == f"{role}/kernel" and layout.adapted(f"{path.rpartition('/')[0]}/lora_a")
+        }
         lead = 1 if role.partition("*")[0].rstrip("/") in layout.scanned else 0
         shapes = {shape[lead:] for shape in found.values()}
         if len(shapes) != 1 or len(next(iter(shapes))) != 2:
@@ -96,6 +100,7 @@ class CondLoRA:
         del task
         theta = trees.flat(tree)
         made: dict[str, Any] = {}
+        unused = {path.rpartition("/")[0] for path in theta}
         for path, kernel in params.items():
             role = layout.role(path)[0].rpartition("/")
             if role[2] != "kernel" or f"{role[0]}/theta_a" not in theta:
@@ -103,6 +108,7 @@ class CondLoRA:
             site = path.rpartition("/")[0]
             if not layout.adapted(f"{site}/lora_a"):
                 continue
+            unused.discard(role[0])
             fixed = jax.lax.stop_gradient(kernel).astype(jnp.float32)
             a, b = theta[f"{role[0]}/theta_a"], theta[f"{role[0]}/theta_b"]
             read = fixed if self.orientation == "paper" else fixed.swapaxes(-1, -2)
@@ -113,6 +119,11 @@ class CondLoRA:
                 )
             made[f"{site}/lora_a"] = read @ a
             made[f"{site}/lora_b"] = b.T @ fixed
+        if unused:
+            raise ValueError(
+                f"the tree has matrices for {sorted(unused)[0]!r}, which LoRA does not adapt here: its targets are others than "
+                "those that the tree was made for. Adapt the same layers, or make the tree with init() of this model"
+            )
         return made
 
     def trained(self, tree: Any) -> dict[str, Any]:

@@ -72,9 +72,14 @@ def prototype_loss(
       temperature: :math:`\tau`.
       positive_in_denominator: see above.
 
+    Raises:
+      ValueError: for a single prototype without ``positive_in_denominator``: the sum over the others would be empty.
+
     Reference: H. Zhao, J. Fu, Z. He, Prototype-based HyperAdapter for Sample-Efficient Multi-task Tuning, 2023, as in their
     code.
     """
+    if prototypes.shape[0] < 2 and not positive_in_denominator:
+        raise ValueError("the prototype loss needs two or more prototypes: with one there is none to be told from")
     scores = (_unit(z) @ _unit(prototypes).T) / jnp.float32(temperature)
     own = tasks[:, None] == jnp.arange(prototypes.shape[0])[None, :]
     others = scores if positive_in_denominator else jnp.where(own, -jnp.inf, scores)

@@ -47,7 +47,7 @@ class HyperNetwork:
       features: length of :math:`\bar h`, the mean of the encoder's last hidden states; needed with a retriever.
       instances: whose hidden states these are: ``"outputs"``, the adapted model's, or ``"base"``, the base model's, at the cost
         of its forward pass. Where the encoder's own adapters are made for each task the first would tell the task that it is to
-        find.
+        find, and is refused.
       tune: what is trained: ``"all"``, ``"hypernetwork"`` (with the tasks' embeddings), or ``"prototypes"`` (these alone).
       temperature: of both losses.
       weight: of either loss; 0 trains without them.
@@ -116,10 +116,18 @@ class HyperNetwork:
             retriever/{in,out}/...         W1, W2
 
         Raises:
-          ValueError: if all leaves are learned, or ``learned`` matches none though it is set.
+          ValueError: if all leaves are learned, or ``learned`` matches none though it is set; if the retriever would read what
+            a task's adapters have made of the inputs.
         """
         del params
         learned, others = kinds.split_learned(self.learned, adapters)
+        if self.contrasts and self.instances == "outputs":
+            told = next((path for path in sorted(others) if "decoder" not in path.split("/")), None)
+            if told is not None:
+                raise ValueError(
+                    f"instances='outputs' reads the encoder, and {told!r} is made for each task: it would tell the retriever "
+                    "the task that it is to find. Pass instances='base', or on an encoder-decoder learned=r'encoder/.*'"
+                )
         made = layout.gather(others)
         keys = iter(jax.random.split(key, 16 + 16 * len(made)))
         flat: dict[str, Any] = {"tasks": jax.random.normal(next(keys), (len(self.tasks), self.task_size))}

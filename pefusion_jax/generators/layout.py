@@ -25,7 +25,8 @@ class Layout(NamedTuple):
 
     Attributes:
       scanned: path of a node whose leaves are stacked layers -> number of layers.
-      looped: what stands before a layer's number, such as ``encoder/layer/`` -> number of layers.
+      looped: what stands before a layer's number, such as ``encoder/layer/`` -> number of layers. Numbered modules whose
+        parameters differ in shape, such as ``Dense_0`` and ``Dense_1`` of a module of one's own, are no layers of one kind.
       adapted: path of an adapter leaf -> whether the model has it.
     """
 
@@ -39,7 +40,7 @@ class Layout(NamedTuple):
             if path.startswith(node + "/"):
                 return f"{node}/*{path[len(node) :]}", None
         before, number, rest = _numbered(path)
-        return (path, None) if number is None else (f"{before}*{rest}", number)
+        return (path, None) if number is None or before not in self.looped else (f"{before}*{rest}", number)
 
     def layers(self, role: str) -> int | None:
         """The number of layers of a role; ``None`` if it has no star."""
@@ -104,12 +105,15 @@ def layout_of(params: Mapping[str, Any], adapted: Callable[[str], bool]) -> Layo
     flat = trees.flat(params)
     scanned = stacked_layers({path: (leaf,) for path, leaf in flat.items()}, STACKS)
     looped: dict[str, int] = {}
-    for path in flat:
+    shapes: dict[tuple[str, str], set[tuple[int, ...]]] = {}
+    for path, leaf in flat.items():
         if not any(path.startswith(node + "/") for node in scanned):
-            before, number, _ = _numbered(path)
+            before, number, rest = _numbered(path)
             if number is not None:
                 looped[before] = max(looped.get(before, 0), number + 1)
-    return Layout(scanned, looped, adapted)
+                shapes.setdefault((before, rest), set()).add(leaf.shape)
+    unlike = {before for (before, _), found in shapes.items() if len(found) > 1}
+    return Layout(scanned, {before: count for before, count in looped.items() if before not in unlike}, adapted)
 
 
 def _numbered(path: str) -> tuple[str, int | None, str]:

@@ -146,26 +146,35 @@ class Writing:
     otherwise: float | None
 
     def __call__(self, kind: str, adapted: Any, params: Any, tree: Any, inputs: Mapping[str, Any]) -> np.ndarray:
-        adapters = None if kind == "base" else tree
-        if "task" in inputs:
-            if adapted.origin is None or adapted.origin.mode is not None:
-                raise ValueError(
-                    "a linearized model that was generated for several tasks cannot write texts; write with "
-                    "materialise(params, tree, task) and the model underneath, or score classes"
-                )
-            adapters = _materialised(adapted)(params, tree, inputs["task"])
-            adapted = adapted.origin.inner
-        written = generate_tokens(
-            adapted,
-            params,
-            {name: inputs[name] for name in ("input_ids", "attention_mask")},
-            adapters=adapters,
+        write = functools.partial(
+            generate_tokens,
             max_new_tokens=self.targets.longest,
             eos_token_id=self.targets.end,
             pad_token_id=getattr(self.targets.tokenizer, "pad_token_id", None),
             decoder_start_token_id=self.targets.start,
         )
-        texts = [text.strip() for text in self.targets.tokenizer.batch_decode(np.asarray(written), skip_special_tokens=True)]
+        read = {name: np.asarray(inputs[name]) for name in ("input_ids", "attention_mask")}
+        origin = None if kind == "base" else adapted.origin
+        by_row = getattr(getattr(origin, "generator", None), "observe", None) is not None
+        if "task" not in inputs and not by_row:
+            written = np.asarray(write(adapted, params, read, adapters=None if kind == "base" else tree))
+        elif origin is None or origin.mode is not None:
+            raise ValueError(
+                "a linearized model that was generated for several tasks, or for each input, cannot write texts; write with "
+                "materialise() and the model underneath, or score classes"
+            )
+        elif not by_row:
+            adapters = _materialised(adapted)(params, tree, inputs["task"])
+            written = np.asarray(write(origin.inner, params, read, adapters=adapters))
+        else:  # each row has adapters of its own, and is written by itself: one program for all
+            named = {name: value for name, value in inputs.items() if name != "task"}
+            made = _materialised(adapted)(params, tree, inputs.get("task"), named)
+            rows = [
+                (jax.tree.map(lambda x, n=n: x[n], made), {k: v[n : n + 1] for k, v in read.items()})
+                for n in range(len(read["input_ids"]))
+            ]
+            written = np.concatenate([np.asarray(write(origin.inner, params, row, adapters=own)) for own, row in rows])
+        texts = [text.strip() for text in self.targets.tokenizer.batch_decode(written, skip_special_tokens=True)]
         if self.otherwise is None:
             return np.asarray(texts, object)
         return np.asarray([_number(text, self.otherwise) for text in texts], np.float32)

@@ -11,7 +11,7 @@ import optax
 
 from pefusion_jax.tasks import Batch, train_batch
 from pefusion_jax.tasks.task import inputs_for, task_number
-from pefusion_jax.training.losses import loss_of
+from pefusion_jax.training.losses import loss_of, smooths
 from pefusion_jax.training.run import Plan, Settings, describe_task, run, score
 from pefusion_jax.training.step import Schedule
 
@@ -109,7 +109,7 @@ def finetune(
     """
     settings = Settings.of(locals())  # first of all: these are the arguments
     task_number(adapted, task)  # now: an unknown task is an error before anything is made
-    if label_smoothing and not task.classes:
+    if label_smoothing and not smooths(task):
         raise ValueError(f"label_smoothing={label_smoothing} is for classes, but task {task.name!r} is a regression; pass 0")
     loss = loss_of(task, label_smoothing)
 

@@ -33,7 +33,7 @@ def loss_of(task: Any, label_smoothing: float) -> Callable[..., jax.Array]:
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
-    if not label_smoothing or not task.classes:
+    if not label_smoothing or not smooths(task):
         return task.loss
     if task.loss is token_cross_entropy:
         return smoothed_token_cross_entropy(float(label_smoothing))
@@ -43,6 +43,11 @@ def loss_of(task: Any, label_smoothing: float) -> Callable[..., jax.Array]:
             "pass 0, or smooth in that loss"
         )
     return smoothed_cross_entropy(float(label_smoothing))
+
+
+def smooths(task: Any) -> bool:
+    """Whether label smoothing is for the task: it has classes, or its targets are texts, be they numbers."""
+    return bool(task.classes) or task.loss is token_cross_entropy
 
 
 def stacked_heads(tasks: Sequence[Any]) -> Any:

@@ -13,7 +13,7 @@ import optax
 from pefusion_jax.tasks import Batch, Head
 from pefusion_jax.tasks.mixed import listed_tasks, mixed_batch, require_alike
 from pefusion_jax.tasks.task import task_number
-from pefusion_jax.training.losses import TaskLoss, loss_of, stacked_heads
+from pefusion_jax.training.losses import TaskLoss, loss_of, smooths, stacked_heads
 from pefusion_jax.training.run import Plan, Settings, describe_task, run, score
 from pefusion_jax.training.step import Schedule
 
@@ -98,12 +98,17 @@ def finetune_together(
     of = listed_tasks(tasks)
     names = tuple(task.name for task in of)
     numbers = [task_number(adapted, task) for task in of]
-    if label_smoothing and not any(task.classes for task in of):
+    if label_smoothing and not any(map(smooths, of)):
         raise ValueError(f"label_smoothing={label_smoothing} is for classes, but all tasks are regressions; pass 0")
     losses = tuple(TaskLoss(loss_of(task, label_smoothing), not task.classes) for task in of)
     require_alike(of)
-    heads = {"heads": stacked_heads(of), "numbers": np.asarray([n or 0 for n in numbers], np.int32)}
     contrasts = getattr(adapted, "auxiliary", None) is not None
+    if contrasts and len(of) < 2:
+        raise ValueError(
+            f"the contrastive losses need instances of two or more tasks in a batch, and there is {names[0]!r} alone: train on "
+            "more tasks, or without the losses: dataclasses.replace(generator, weight=0.0)"
+        )
+    heads = {"heads": stacked_heads(of), "numbers": np.asarray([n or 0 for n in numbers], np.int32)}
     groups = _groups(groups, settings, contrasts)
     # The blocks that a loss may contrast are those of one part; else batches do not depend on the number of devices.
     parts = settings.parts if contrasts else 1

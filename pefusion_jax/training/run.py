@@ -161,7 +161,7 @@ def run(adapted: Any, params: Any, settings: Settings, plan: Plan) -> dict[str, 
                 of.optimizer, state.opt_state, of.schedule, of.learning_rate, of.warmup, of.weight_decay, of.steps
             ),
         }
-        belongs = _belongs(params, adapters, trained, plan, of.seed, config)
+        belongs = _belongs(adapted, params, adapters, trained, plan, of.seed, config)
         if of.resume:
             found = checkpoint.restore_latest(of.checkpoint_dir, (parallel.unreplicate(state), best), belongs)
             if found is not None:
@@ -258,7 +258,9 @@ def _optimizer_config(
     return {**config, "warmup": warmup, "steps": steps}
 
 
-def _belongs(params: Any, adapters: Any, trained: Any, plan: Plan, seed: int, config: dict[str, Any]) -> dict[str, Any]:
+def _belongs(
+    adapted: Any, params: Any, adapters: Any, trained: Any, plan: Plan, seed: int, config: dict[str, Any]
+) -> dict[str, Any]:
     """What a state belongs to: everything that decides the bits of the run, as far as it can be written down."""
     from importlib import metadata
 
@@ -267,11 +269,22 @@ def _belongs(params: Any, adapters: Any, trained: Any, plan: Plan, seed: int, co
         "adapters": checkpoint.structure(adapters),
         "trained": sorted(trees.paths(trained)),
         "initial adapters": fingerprint(adapters),
+        **_generated(adapted),
         **plan.belongs,
         "seed": seed,
         "config": config,
         "versions": {"python": sys.version.split()[0], **{p: metadata.version(p) for p in ("jax", "flax", "optax")}},
     }
+
+
+def _generated(adapted: Any) -> dict[str, Any]:
+    """What rows of a generated model's tree stand for: its tasks in order, and the generator's settings."""
+    origin = getattr(adapted, "origin", None)  # a model of one's own may lack it
+    generator = None if origin is None else origin.generator
+    found: dict[str, Any] = {"numbers of tasks": list(adapted.tasks)} if getattr(adapted, "tasks", ()) else {}
+    if generator is not None:
+        found["generator"] = repr(generator) if dataclasses.is_dataclass(generator) else type(generator).__name__
+    return found
 
 
 @functools.lru_cache(maxsize=64)

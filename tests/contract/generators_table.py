@@ -49,7 +49,13 @@ GENERATORS = [
     Row("cond_lora", LORA, generators.CondLoRA(), zero_gradient=r".*theta_a"),
     Row("per_task", LORA, generators.PerTask(tasks=TASKS, shared=r".*/value/.*"), zero_gradient=r".*lora_a"),
     Row("task_embeddings", LORA, generators.task_embeddings(TASKS), start=1e-3),
-    Row("pha", PARALLEL, generators.pha(TASKS, features=8, learned=r".*_bias"), start=1e-3, zero_gradient=r"retriever/.*"),
+    Row(
+        "pha",
+        PARALLEL,
+        generators.pha(TASKS, features=8, learned=r".*_bias", instances="base"),
+        start=1e-3,
+        zero_gradient=r"retriever/.*",
+    ),
     Row("hyperformer", PARALLEL, generators.hyperformer(TASKS), start=2.0),
     Row("hyperformer_plus_plus", HOULSBY, generators.hyperformer_plus_plus(TASKS), start=2.0),
     # A prompt changes the model from the start.

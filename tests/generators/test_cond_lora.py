@@ -1,5 +1,6 @@
 """CondLoRA against its formulas in NumPy float64, its counts, and what it shares and does not share with LoRA."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +142,11 @@ def test_errors_say_what_does_not_fit(bert):
     theta = made.init(jax.random.key(0), params, IDS)
     with pytest.raises(ValueError, match="makes one set of adapters for all inputs; leave out task="):
         made.apply(params, theta, IDS, task=0)
+    narrower = generated(model, targets=r".*/query")
+    with pytest.raises(
+        ValueError, match=r"matrices for 'encoder/layer/\*/attention/self/value', which LoRA does not adapt here"
+    ):
+        narrower.materialise(params, theta)
     wider = generated(model, targets=r".*/(query|value|key)")
     with pytest.raises(ValueError, match="for which the adapters hold no leaves"):
         wider.apply(params, theta, IDS)
@@ -148,3 +154,19 @@ def test_errors_say_what_does_not_fit(bert):
         pf.generate(pf.linearize(made, theta), CondLoRA())
     with pytest.raises(ValueError, match="generated already"):
         pf.generate(made, CondLoRA())
+
+
+def test_kernels_that_are_not_adapted_do_not_count():
+    """Of two numbered layers of different shapes one is adapted."""
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            wide = nn.relu(nn.Dense(6)(x))
+            return nn.Dense(4)(wide)
+
+    x = jnp.ones((2, 3))
+    params = Own().init(jax.random.key(0), x)["params"]
+    made = pf.generate(pf.adapt(Own(), pf.LoRA(rank=2, targets="Dense_0")), CondLoRA())
+    shapes = {path: leaf.shape for path, leaf in trees.paths(made.init(jax.random.key(1), params, x)).items()}
+    assert shapes == {"Dense_0/theta_a": (6, 2), "Dense_0/theta_b": (3, 2)}

@@ -60,3 +60,10 @@ def test_a_batch_without_a_pair_gives_zero_and_finite_gradients():
         z * 0
     )
     assert np.isfinite(gradient).all()
+
+
+def test_one_prototype_has_none_to_be_told_from():
+    z, tasks = jnp.ones((2, 3)), jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match="needs two or more prototypes"):
+        prototype_loss(z, z[:1], tasks)
+    assert prototype_loss(z, z[:1], tasks, positive_in_denominator=True) == pytest.approx(0.0, abs=1e-6)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +32,7 @@ def trained(bert):
     """PHA with entries as large as after training."""
     model, params = bert
     adapted = pf.adapt(model, PARALLEL)
-    made = pf.generate(adapted, generators.pha(TASKS, features=8))
+    made = pf.generate(adapted, generators.pha(TASKS, features=8, instances="base"))
     tree = jax.jit(lambda key: made.init(key, params, IDS))(jax.random.key(0))
     generator = np.random.default_rng(5)
     moved = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(0.2) * generator.normal(size=leaf.shape), tree)
@@ -86,7 +87,8 @@ def test_auxiliary_loss_is_a_tenth_of_both_and_teaches_what_the_tasks_loss_does_
     ids = jnp.array([0, 2])
     inputs = {"input_ids": IDS, "task": ids}
     outputs = jit(made.apply)(params, tree, **inputs)
-    z = made.origin.generator.retrieve(tree, jnp.mean(outputs.last_hidden_state, axis=1))
+    seen = jit(made.base)(params, IDS).last_hidden_state  # the adapters of the task would tell it
+    z = made.origin.generator.retrieve(tree, jnp.mean(seen, axis=1))
     rows = jnp.array([0, 0, 2, 2])
     expected = 0.1 * (generators.instance_loss(z, rows) + generators.prototype_loss(z, tree["tasks"], rows))
     np.testing.assert_allclose(jit(made.auxiliary)(params, tree, outputs, inputs), expected, rtol=1e-5)
@@ -198,13 +200,38 @@ def test_errors_say_what_does_not_fit(bert, trained):
         made.apply(params, tree, IDS, task=np.array([0, 1, 2]))
     with pytest.raises(ValueError, match="no one weight-space change; take one task's"):
         made.deltas(params, tree)
-    fewer = pf.generate(adapted, generators.pha(TASKS[:2], features=8))
+    fewer = pf.generate(adapted, generators.pha(TASKS[:2], features=8, instances="base"))
     with pytest.raises(ValueError, match="the tree has 3 tasks, the generator 2"):
         fewer.apply(params, tree, IDS, task=0)
     other = pf.generate(pf.adapt(model, pf.LoRA(rank=2, targets=r".*/query")), made.origin.generator)
     with pytest.raises(ValueError, match="makes a leaf 'encoder/layer/0/output/tap_output/adapter_.*others than the adapters'"):
         other.apply(params, tree, IDS, task=0)
+    told = pf.generate(adapted, generators.pha(TASKS, features=8))
+    with pytest.raises(ValueError, match="would tell the retriever the task.*instances='base'"):
+        told.init(jax.random.key(0), params, IDS)
     with pytest.raises(ValueError, match="matches no adapter leaf"):
         pf.generate(adapted, generators.pha(TASKS, features=8, learned=r"decoder/.*")).init(jax.random.key(0), params, IDS)
     with pytest.raises(ValueError, match="matches every adapter leaf"):
         pf.generate(adapted, generators.pha(TASKS, features=8, learned=r".*")).init(jax.random.key(0), params, IDS)
+
+
+def test_numbered_modules_of_different_shapes_are_no_layers():
+    """Linen numbers the layers of a module of one's own, whose shapes differ: each is a site of its own."""
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            wide = nn.relu(nn.Dense(6)(x))
+            return nn.Dense(4)(wide)
+
+    x = jnp.ones((2, 3))
+    params = Own().init(jax.random.key(0), x)["params"]
+    both = pf.adapt(Own(), pf.LoRA(rank=2, targets=r"Dense_\d"))
+    made = pf.generate(both, generators.task_embeddings(TASKS))
+    adapters = made.materialise(params, made.init(jax.random.key(1), params, x), "mrpc")
+    assert {path: leaf.shape for path, leaf in trees.paths(adapters).items()} == {
+        "Dense_0/lora_a": (3, 2),
+        "Dense_0/lora_b": (2, 6),
+        "Dense_1/lora_a": (6, 2),
+        "Dense_1/lora_b": (2, 4),
+    }

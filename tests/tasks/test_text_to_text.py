@@ -22,7 +22,9 @@ from pefusion_jax.fusion.objectives import objective
 from pefusion_jax.tasks import eval_batches, target_features, text_to_text, token_f1, train_batch
 from pefusion_jax.tasks.metrics import smoothed_token_cross_entropy, token_cross_entropy
 from pefusion_jax.tasks.targets import _materialised, _number, _ranking
+from pefusion_jax.tasks.task import inputs_for
 from pefusion_jax.training import Preempted
+from pefusion_jax.training.losses import loss_of, smooths
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backbones"))
 import parity
@@ -210,7 +212,7 @@ def test_several_kinds_of_tasks_are_learned_together(model, tmp_path):
     text = classes("text", classes=None, target=lambda e: CLASSES[e["label"]], max_target_length=4)
     tasks = [classes(), number, text]
     assert text.classes == CLASSES and number.classes == ()
-    made = pf.generate(lora, generators.pha([task.name for task in tasks], features=24))
+    made = pf.generate(lora, generators.pha([task.name for task in tasks], features=24, learned="encoder/.*"))
     start = jax.jit(made.init)(jax.random.key(0), params, **tasks[0].batch(rows()[:2])["inputs"])
     settings = dict(batch_size=12, groups=6, devices=ONE, log_every=1, log_file=tmp_path / "log", learning_rate=1e-2)
     tree = pf.finetune_together(made, params, tasks, adapters=start, steps=20, label_smoothing=0.1, **settings)
@@ -228,6 +230,35 @@ def test_several_kinds_of_tasks_are_learned_together(model, tmp_path):
     assert text.predict("adapters", lora, params, adapters, inputs).tolist() == written
     right = np.mean([one == CLASSES[row["label"]] for one, row in zip(written, rows(9, 2), strict=True)])
     assert found["text"] == right
+
+
+def test_targets_that_are_numbers_are_smoothed_like_all_texts():
+    number = classes("number", classes=(), label="number", max_target_length=4)
+    assert smooths(number) and loss_of(number, 0.0) is token_cross_entropy
+    assert loss_of(number, 0.1) is smoothed_token_cross_entropy(0.1)
+
+
+@pytest.mark.parametrize("name", ["hyperdecoder", "attempt"])
+def test_rows_with_adapters_of_their_own_are_written_with_them(model, name):
+    module, _, params, _, _ = model
+    text = classes("text", classes=None, target=lambda e: CLASSES[e["label"]], max_target_length=4)
+    inputs = next(eval_batches(text, "test", 3))["inputs"]
+    if name == "hyperdecoder":
+        inner, generator = small(module), generators.hyperdecoder(24, learned=r"encoder/.*")
+    else:
+        inner = pf.adapt(module, pf.PromptTuning(length=2))
+        generator = generators.Attempt(sources=("a",), tasks=("other", "text"), prompts=jnp.ones((1, 2, 24)))
+    made = pf.generate(inner, generator)
+    named = inputs_for(made, text, inputs)
+    tree = jax.jit(made.init)(jax.random.key(0), params, **inputs)
+    noise = np.random.default_rng(7)
+    tree = jax.tree.map(lambda leaf: leaf + noise.normal(0, 0.3, leaf.shape).astype(np.float32), tree)
+    found = text.predict("adapters", made, params, tree, named).tolist()
+    rows_of = jax.jit(made.materialise)(params, tree, named.get("task"), inputs)
+    for row in range(3):
+        own = jax.tree.map(lambda leaf, row=row: leaf[row], rows_of)
+        alone = text.predict("adapters", inner, params, own, {k: v[row : row + 1] for k, v in inputs.items()})
+        assert alone.tolist() == [found[row]]
 
 
 def test_features_of_a_linearized_model_add_up(model):

@@ -313,6 +313,27 @@ def test_a_stopped_run_goes_on_to_the_bits_of_one_that_was_not(tmp_path):
         assert line["validation"] == pytest.approx(np.mean([line[f"validation/{name}"] for name in NAMES]))
 
 
+def test_numbers_of_tasks_belong_to_a_run(tmp_path):
+    """The order of a generator's tasks says what the rows of its tree are."""
+    task, params = make_tasks()[1], MADE[1]
+    settings = dict(steps=1, batch_size=16, optimizer=STILL, devices=ONE, checkpoint_dir=tmp_path)
+    for order in (("one", "two"), ("two", "one")):
+        adapted = pf.generate(MODEL[0], PerTask(tasks=order))
+        tree = start_of(MADE[0], params)
+        tree = jax.tree.map(lambda leaf: leaf[:2], tree)
+        if order == ("one", "two"):
+            finetune(adapted, params, task, adapters=tree, **settings)
+            continue
+        with pytest.raises(ValueError, match=r"belongs to another run: .*numbers of tasks"):
+            finetune(adapted, params, task, adapters=tree, **settings)
+
+
+def test_one_task_has_nothing_to_contrast():
+    adapted, params = MODEL
+    with pytest.raises(ValueError, match="instances of two or more tasks in a batch, and there is 'one' alone"):
+        finetune_together(adapted._replace(auxiliary=auxiliary), params, make_tasks()[:1], steps=1, devices=ONE)
+
+
 def test_patience_ends_a_run_and_survives_a_restart(tmp_path):
     adapted, params = MODEL
     settings = dict(steps=40, batch_size=8, devices=ONE, validate_every=2, optimizer=SGD)
