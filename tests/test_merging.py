@@ -300,12 +300,35 @@ def test_refusals_name_file_and_tensor(models, root, tmp_path):
     refused("ties compares tensors with each other.*set trim: per_tensor", recipe(root, "method: ties"))
     refused("slerp compares tensors.*merge_method: slerp", recipe(root, "method: slerp", models=["one", "two"]))
     refused("svd needs rank", recipe(root, "method: svd"))
+    for method in ("magmax", "ties", "wudi", "task_arithmetic"):
+        bad = recipe(root, f"method: {method}", "scale: abc" + (", trim: per_tensor" if method == "ties" else ""))
+        refused(rf"{method}\(scale=abc.*\): ", bad, dry_run=True)
+    refused("knots takes inner as a pf.fusion.Fusion, not by name", recipe(root, "method: knots", "inner: ties"))
+    refused("tall_masks: no tree has the name 'a'; nearest: '.*one'", recipe(root, "method: tall_masks", "task: a"))
     refused("magmax combines changes from a base model", recipe(root, "method: magmax", base=None))
     refused("weight of .*one is missing", recipe(root, "merge_method: ties"))
     refused("normalize must be true or false", recipe(root, "merge_method: ties", "weight: 1, normalize: 1"))
     refused("linear .* has no base_model", recipe(root, "merge_method: linear", "weight: 1"))
     refused("slerp is between", recipe(root, "merge_method: slerp", "t: 0.5"))
     refused("threads must be at least 1", recipe(root, "method: average"), threads=0)
+
+
+@pytest.mark.parametrize("name", ["lm_head.extra", "model.embed_tokens.extra", "model.layers.1.mlp.extra"])
+def test_slices_refuse_what_only_another_source_has(name, models, root, tmp_path):
+    write(tmp_path / "more", models["two"] | {name: models["two"]["model.norm.weight"]})
+    first, second = ({"model": str(folder), "layer_range": [0, 4]} for folder in (root / "one", tmp_path / "more"))
+    given = {"merge_method": "linear", "slices": [{"sources": [first, second]}], "parameters": {"weight": 1}}
+    with pytest.raises(ValueError, match=f"(?s)one/model.safetensors: a tensor is missing that .*more has.*{name}"):
+        merge_files(parse_recipe(json.dumps(given)), tmp_path / "out")
+    # Layers of another range are not asked for: what they have more of is not lost.
+    first["layer_range"], second["layer_range"] = [0, 2], [2, 4]
+    if "layers" in name:
+        merge_files(parse_recipe(json.dumps(given)), tmp_path / "out")
+
+
+def test_one_tasks_model_is_had_by_the_name_of_its_folder(models, root, tmp_path):
+    merge_files(recipe(root, "method: tall_masks", f"task: '{root / 'two'}'"), tmp_path / "out")
+    same(read(tmp_path / "out"), by_fuse(pf.fusion.tall_masks("tree 1"), models))
 
 
 def test_a_tokenizer_file_that_is_a_link_out_of_its_folder_is_not_passed_on(models, root, tmp_path):
@@ -374,4 +397,4 @@ def test_every_method_without_required_arguments_is_accepted_or_refused_with_the
     with pytest.raises(ValueError, match="no fusion method 'chain'"):
         named.our_parameters("chain")
     with pytest.raises(ValueError, match="svc needs method; if a recipe cannot hold that"):
-        named.our_job("svc", {}, {}, count=2, based=True)
+        named.our_job("svc", {}, {}, models=["one", "two"], based=True)

@@ -56,6 +56,11 @@ def test_a_run_for_other_base_weights_is_refused(tiny, tmp_path):
 def test_a_run_that_is_not_one(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no adapter.safetensors"):
         pf.load_run(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        FileNotFoundError, match="is a PEFT adapter; make a run of it first: pefusion convert .* --to run --out"
+    ):
+        pf.load_run(tmp_path)
     (tmp_path / "adapter.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="adapter.safetensors"):
         pf.load_run(tmp_path)

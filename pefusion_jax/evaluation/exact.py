@@ -141,8 +141,8 @@ def solve_coefficients(
       The solution, with its certificate if the problem is convex.
 
     Raises:
-      ValueError: if a task is not cached, has a loss that is not known here, or has no displacement of its name for
-        ``"least_squares"``.
+      ValueError: if a task is not cached, has a loss that is not known here, or for ``"least_squares"`` has no displacement of
+        its name, or one that does nothing.
     """
     problem = _prepared(cached, tasks, loss)
     return _solve(problem, cached, l2, center, simplex, members, start, radius, tolerance)
@@ -206,17 +206,24 @@ def best_combination(
 
     Args:
       cached: see :func:`solve_coefficients`.
-      tasks: the tasks, in the order of ``reference``.
+      tasks: the tasks.
       losses: the losses to minimise.
       l2: a solution for each of these.
       grid: ``[point, displacement]``; by default one coefficient for all, at 21 values from 0 to 1.
-      reference: scores of each task's own model, to normalize by; see :func:`best_coefficients`.
+      reference: scores of each task's own model, to normalize by: task name -> score, or in the order of the tasks.
       simplex: see :func:`solve_coefficients`. The grid is not bound by it.
 
     Returns:
       The best candidate; of equal scores the first solution, and the grid only if no solution reaches it.
+
+    Raises:
+      ValueError: as :func:`solve_coefficients`, or if references by name are not those of exactly these tasks.
     """
     plain, by_name = _plain(cached), named_tasks(tasks)
+    if isinstance(reference, Mapping):
+        if reference.keys() != by_name.keys():
+            raise ValueError(f"reference has scores of {', '.join(reference)}; give one for each of {', '.join(by_name)}")
+        reference = [reference[name] for name in by_name]
     points = np.linspace(0, 1, 21)[:, None] * np.ones((1, len(plain.names))) if grid is None else np.asarray(grid, np.float64)
     on_grid = best_coefficients(points, sweep(plain, by_name, points), reference)
     solutions: dict[str, Solution] = {}

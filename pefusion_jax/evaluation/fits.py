@@ -55,7 +55,12 @@ def fit_of(cached: Cached, task: Task, loss: str, own: Sequence[int]) -> Fit:
             raise ValueError(f"no displacement is named {task.name!r}, whose outputs least squares would go towards")
         flat = moved.reshape(len(moved), -1).astype(np.float64)
         target = flat[list(own)].sum(axis=0)
-        power = max(float(target @ target), np.finfo(np.float64).tiny)
+        power = float(target @ target)
+        if not power > 0:
+            raise ValueError(
+                f"the displacement of {task.name!r} does nothing on its own examples, so least squares has nothing to go "
+                "towards; train it, or leave the task out"
+            )
         return _quadratic(flat @ flat.T / power, flat @ target / power, 1.0)
     if loss == "entropy":
         if not task.classes:

@@ -178,7 +178,7 @@ def subset_grid(count: int, values: Sequence[float] | np.ndarray) -> np.ndarray:
 def best_coefficients(
     coefficients: Any,
     scores: np.ndarray,
-    reference: Mapping[str, float] | Sequence[float] | np.ndarray | None = None,
+    reference: Sequence[float] | np.ndarray | None = None,
 ) -> Best:
     r"""The point with the best mean normalized score, :math:`\arg\max_p \frac1K \sum_k s_{p,k} / r_k`.
 
@@ -193,12 +193,18 @@ def best_coefficients(
 
     Returns:
       The best point; of equal ones the one with the smallest sum of magnitudes, then the first.
+
+    Raises:
+      ValueError: if shapes do not fit, a score is not finite or a reference not positive, or the references have names, which
+        the columns do not have.
     """
     points, table = np.asarray(coefficients), np.asarray(scores, np.float64)
     if points.ndim != 2 or table.ndim != 2 or len(points) != len(table) or not len(table):
         raise ValueError(f"coefficients {points.shape} and scores {table.shape} must have the same number of points, not 0")
     if reference is not None:
-        divisor = np.asarray(list(reference.values()) if isinstance(reference, Mapping) else reference, np.float64)
+        if isinstance(reference, Mapping):
+            raise ValueError("the columns of scores have no names: pass [reference[task.name] for task in tasks], in order")
+        divisor = np.asarray(reference, np.float64)
         if divisor.shape != table.shape[1:] or not (divisor > 0).all():
             raise ValueError(f"reference scores must be positive, one for each of {table.shape[1]} tasks, not {divisor}")
         table = table / divisor[None, :]

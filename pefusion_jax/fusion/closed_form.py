@@ -96,7 +96,8 @@ def regmean(
       statistics: task name -> statistics with input moments.
       scale: :math:`\lambda`; may be traced.
       off_diagonal: :math:`\alpha`, in [0, 1]; the default is FusionBench's for CLIP.
-      damping: :math:`\delta`. It stands on both sides: a direction that no task's inputs have is averaged.
+      damping: :math:`\delta`. It stands on both sides: a direction that no task's inputs have is averaged, by the traces of the
+        moments, or plainly where all are zero.
 
     Raises:
       ValueError: for settings outside their range; when fused, as :func:`fisher`.
@@ -298,5 +299,7 @@ def _regmean(changes: tuple[Change, ...], inputs: list[Any], axes: Any, off_diag
         if g is not None:
             side = (change.a, change.b) if isinstance(change, LowRank) else as_matrix(change, (*g.shape[:-1], -1), axes)
             terms.append((side, jax.tree.map(lambda leaf: leaf.astype(like.dtype), g)))
-    x = regression(terms, off_diagonal, damping)
+    # A traced one is not known to be below 1.
+    shrunk = isinstance(off_diagonal, int | float) and off_diagonal < 1
+    x = regression(terms, off_diagonal, damping, shrunk)
     return from_matrix(x, like.shape, like.axes if isinstance(like, LowRank) else axes)

@@ -140,12 +140,13 @@ def _fuse_trees(method: Fusion, by_name: Mapping[str, Tree], stacks: Collection[
     leaves = tree_tools.flat(stacked) if isinstance(stacked, Mapping) else {}
     if method.weights is not None or not all(hasattr(leaf, "dtype") for leaf in leaves.values()):
         return method.apply(stacked)
-    by_path = {path: tuple(leaf) for path, leaf in leaves.items()}
+    by_path = {path: tuple(leaf) for path, leaf in leaves.items() if leaf.size}
     counts = stacked_layers(by_path, stacks)
-    if not counts:
+    if not counts and len(by_path) == len(leaves):
         return method.apply(stacked)
     separated = {path: jnp.stack(of_tasks) for path, of_tasks in separate(by_path, counts).items()}
-    return tree_tools.nest(join(method.apply(separated), counts))
+    fused = join(method.apply(separated), counts) if separated else {}
+    return tree_tools.map_paths(lambda path, leaf: fused[path] if leaf.size else leaf[0], stacked)
 
 
 def _fuse_deltas(method: Fusion, deltas_by_name: dict[str, Delta], stacks: Collection[str]) -> Delta:
@@ -163,14 +164,18 @@ def _fuse_deltas(method: Fusion, deltas_by_name: dict[str, Delta], stacks: Colle
         weights = method.weights(len(deltas_by_name))
         return Delta({path: _combine(path, weights, deltas_by_name) for path in sorted(specs)})
 
-    by_path = {path: _aligned(path, deltas_by_name, method.changes is not None) for path in sorted(specs)}
+    # What has no entries has no largest one and no singular values: it passes through.
+    out = {path: change for path, (_, change) in specs.items() if 0 in change.shape}
+    by_path = {path: _aligned(path, deltas_by_name, method.changes is not None) for path in sorted(specs) if path not in out}
+    if not by_path:
+        return Delta(out)
     counts = stacked_layers(by_path, stacks)
     separated = separate(by_path, counts)
     if method.changes is None:
         fused = method.apply({path: jnp.stack(of_tasks) for path, of_tasks in separated.items()})
     else:
         fused = method.changes(separated)
-    return Delta({path: _cast(change, specs[path][1].dtype) for path, change in join(fused, counts).items()})
+    return Delta(out | {path: _cast(change, specs[path][1].dtype) for path, change in join(fused, counts).items()})
 
 
 def _aligned(path: str, deltas_by_name: Mapping[str, Delta], as_pairs: bool) -> tuple[Any, ...]:

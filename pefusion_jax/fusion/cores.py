@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -151,10 +152,10 @@ def compress_then_merge(rank: int, inner: Fusion | None = None, scale: float | j
       Lathauwer et al., *On the Best Rank-1 and Rank-(R1, ..., RN) Approximation of Higher-Order Tensors*, 2000, for the
       alternation. The authors' blend of norms is left out: choose ``scale`` instead.
     """
-    if rank < 1:
-        raise ValueError(f"compress_then_merge needs a rank of at least 1, not {rank}")
-    if sweeps < 0:
-        raise ValueError(f"compress_then_merge cannot take {sweeps} sweeps")
+    if not isinstance(rank, Integral) or rank < 1:
+        raise ValueError(f"compress_then_merge needs a rank of at least 1, a whole number, not {rank}")
+    if not isinstance(sweeps, Integral) or sweeps < 0:
+        raise ValueError(f"compress_then_merge cannot take {sweeps} sweeps; give a whole number")
     inner = task_arithmetic(1.0) if inner is None else inner
 
     def represent(given: Changed) -> Coordinates:

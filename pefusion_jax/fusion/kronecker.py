@@ -95,19 +95,42 @@ def solve(
     return out
 
 
-@jax.jit
-def regression(terms: list[tuple[Any, Any]], off_diagonal: Any, damping: Any) -> jax.Array:
-    """Solves ``sum G_t X = sum G_t D_t``, with shrunk and damped moments, for ``[(D_t as a matrix or a pair, G_t)]``."""
-    known: list[Any] = [(side, damped(g, off_diagonal, damping)) for side, g in terms]
-    right = _sum(_matmul(times(g, d[0]), d[1]) if isinstance(d, tuple) else times(g, d) for d, g in known)
+@functools.partial(jax.jit, static_argnames="shrunk")
+def regression(terms: list[tuple[Any, Any]], off_diagonal: Any, damping: Any, shrunk: bool) -> jax.Array:
+    r"""Solves ``sum G_t X = sum G_t D_t``, with shrunk and damped moments, for ``[(D_t as a matrix or a pair, G_t)]``.
+
+    Solved for what X has beside the tasks' average C by the traces, since what damping adds to both sides cancels there,
+    :math:`(\sum_t S_t + \epsilon I)(X - C) = \sum_t S_t (D_t - C)`: a direction that no :math:`S_t` has is that of C, however
+    little the damping is beside float32's rounding errors. Without any moments C is the plain average. ``shrunk`` says that
+    ``off_diagonal`` is below 1: only inputs that are always zero are without moments then, and no eigenvalues are needed.
+    """
+    largest = functools.reduce(jnp.maximum, [moment_trace(g) for _, g in terms])
     # One unit for all: the system is as it was, and float32 has room above and below.
-    largest = functools.reduce(jnp.maximum, [moment_trace(g) for _, g in known])
-    unit = 1.0 / jnp.maximum(largest, jnp.finfo(largest.dtype).tiny)
-    right = right * unit[..., None, None]
+    known: list[Any] = [(side, _divided(damped(g, off_diagonal, 0.0), largest)) for side, g in terms]
+    traces = jnp.stack([moment_trace(g) for _, g in known])
+    whole = jnp.sum(traces, axis=0)
+    shares = jnp.where(whole > 0, traces / jnp.where(whole > 0, whole, jnp.ones_like(whole)), 1.0 / len(known))
+    center = _sum(share[..., None, None] * _matrix(d) for share, (d, _) in zip(shares, known, strict=True))
+    right = _sum(_matmul(times(g, d[0]), d[1]) if isinstance(d, tuple) else times(g, d) for d, g in known)
+    added = (jnp.asarray(damping, whole.dtype) * whole / center.shape[-2])[..., None]
     if all(_is_diagonal(g) for _, g in known):
-        total = _sum(g.diagonal for _, g in known) * unit[..., None]
-        return jnp.where(total[..., None] > 0, right / jnp.where(total > 0, total, jnp.ones_like(total))[..., None], 0.0)
-    return jnp.linalg.solve(_sum(dense_moment(g) for _, g in known) * unit[..., None, None], right)
+        vectors, values = None, _sum(g.diagonal for _, g in known)
+        right, kept = right - values[..., None] * center, values > 0
+    else:
+        total = _sum(dense_moment(g) for _, g in known)
+        right = right - _matmul(total, center)
+        if shrunk:
+            # What is always zero has a zero here and on the right: any unit will do.
+            unit = jnp.eye(total.shape[-1], dtype=total.dtype).reshape((1,) * (total.ndim - 2) + total.shape[-2:])
+            diagonal = added + jnp.where(
+                jnp.diagonal(total, axis1=-2, axis2=-1) > 0, jnp.zeros_like(added), jnp.ones_like(added)
+            )
+            return center + jnp.linalg.solve(total + diagonal[..., None] * unit, right)
+        values, vectors = jnp.linalg.eigh(total)
+        # Rounding gives every matrix all directions: those that are as small as it makes them are none of the moments'.
+        kept = values > 4 * float(jnp.finfo(values.dtype).eps) * values.shape[-1] ** 0.5 * values[..., -1:]
+    gain = jnp.where(kept, 1.0 / jnp.where(kept, values + added, jnp.ones_like(values)), jnp.zeros_like(values))
+    return center + _out_of(vectors, gain[..., None] * _into(vectors, right))
 
 
 @jax.jit

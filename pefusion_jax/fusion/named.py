@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -231,14 +231,31 @@ def our_parameters(name: str) -> dict[str, inspect.Parameter]:
     return methods[name]
 
 
-def our_job(name: str, shared: Mapping[str, Scalar], each: Mapping[str, Sequence[Scalar]], *, count: int, based: bool) -> Job:
+def require_plain(name: str, given: Iterable[str]) -> None:
+    """Refuses arguments of our method ``name`` that are made by calls, which a recipe or a command line cannot hold.
+
+    Raises:
+      ValueError: with the call that can.
+    """
+    known = our_parameters(name)
+    for key in given:
+        kind = str(known[key].annotation).partition(" ")[0] if key in known else ""
+        if kind in ("Fusion", "Objective"):
+            raise ValueError(
+                f"{name} takes {key} as a pf.fusion.{kind}, not by name: call pf.fuse(pf.fusion.{name}({key}=...), trees)"
+            )
+
+
+def our_job(
+    name: str, shared: Mapping[str, Scalar], each: Mapping[str, Sequence[Scalar]], *, models: Sequence[str], based: bool
+) -> Job:
     """What ``pefusion_jax.fusion.NAME(**shared, **each)`` does with a tensor.
 
     Args:
       name: of the method.
       shared: parameters with one value.
       each: parameters with a value for each model.
-      count: number of models (but the base).
+      models: the models (but the base), by whose names a method goes that goes by names.
       based: whether differences from a base are combined.
 
     Raises:
@@ -247,14 +264,16 @@ def our_job(name: str, shared: Mapping[str, Scalar], each: Mapping[str, Sequence
     if not based and name not in _ON_WEIGHTS:
         raise ValueError(f"{name} combines changes from a base model: name it as base_model")
     frozen = (tuple(sorted(shared.items())), tuple(sorted((key, tuple(values)) for key, values in each.items())))
-    return _our_job(name, *frozen, count, based)
+    return _our_job(name, *frozen, tuple(models), based)
 
 
 @functools.lru_cache(1024)
-def _our_job(name: str, shared: Any, each: Any, count: int, based: bool) -> Job:
+def _our_job(name: str, shared: Any, each: Any, models: tuple[str, ...], based: bool) -> Job:
     from pefusion_jax import fusion
 
+    count = len(models)
     given = dict(shared) | {key: list(values) for key, values in each}
+    require_plain(name, given)
     missing = [
         key
         for key, parameter in our_parameters(name).items()
@@ -267,20 +286,20 @@ def _our_job(name: str, shared: Any, each: Any, count: int, based: bool) -> Job:
     try:
         method: Fusion = getattr(fusion, name)(**given)
         if method.bind is not None:
-            method = method.bind(tuple(f"tree {t}" for t in range(count)))
+            method = method.bind(models)
         if method.weights is not None:
             coefficients = np.asarray(method.weights(count), np.float64)
             return Job(based, tuple(float(value) for value in coefficients))
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{name} does not take {given}: {error}") from error
-    if name in _ELEMENTWISE:
-        return Job(based, elementwise=method)
-    if name == "ties" and based:
-        streamed = _our_ties(given, count)
-        if streamed is not None:
-            return Job(based, ties=streamed)
-    _require_one_tensor(name, method, count, given)
-    return Job(based, whole=method)
+        if name == "ties" and based:
+            streamed = _our_ties(given, count)
+            if streamed is not None:
+                return Job(based, ties=streamed)
+        alone = _sees_one_tensor(method, count)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name}({', '.join(f'{key}={value}' for key, value in given.items())}): {error}") from error
+    if not alone:
+        _refuse_many_tensors(name)
+    return Job(based, elementwise=method) if name in _ELEMENTWISE else Job(based, whole=method)
 
 
 def _our_ties(given: Mapping[str, Any], count: int) -> Ties | None:
@@ -301,18 +320,17 @@ def _our_ties(given: Mapping[str, Any], count: int) -> Ties | None:
     )
 
 
-def _require_one_tensor(name: str, method: Fusion, count: int, given: Mapping[str, Any]) -> None:
+def _sees_one_tensor(method: Fusion, count: int) -> bool:
     """Tries the method on two tensors, together and apart: a merge of files sees one tensor at a time."""
     rng = np.random.default_rng(0)
     tensors = {"a": rng.normal(size=(count, 4, 3)), "b": 10 * rng.normal(size=(count, 7))}
     tasks = [{path: jnp.asarray(leaf[t], jnp.float32) for path, leaf in tensors.items()} for t in range(count)]
-    try:
-        together = fuse(method, tasks)
-        apart = {path: fuse(method, [{path: task[path]} for task in tasks])[path] for path in tensors}
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{name} does not take {dict(given)}: {error}") from error
-    if all(np.allclose(together[path], apart[path], rtol=1e-4, atol=1e-5) for path in tensors):
-        return
+    together = fuse(method, tasks)
+    apart = {path: fuse(method, [{path: task[path]} for task in tasks])[path] for path in tensors}
+    return all(np.allclose(together[path], apart[path], rtol=1e-4, atol=1e-5) for path in tensors)
+
+
+def _refuse_many_tensors(name: str) -> None:
     known = our_parameters(name)
     way = (
         "set trim: per_tensor"

@@ -12,6 +12,7 @@ from pefusion_jax import trees
 from pefusion_jax.deltas import Change, LowRank
 from pefusion_jax.fusion.matrices import bound, of_changes
 from pefusion_jax.fusion.parts import Changes, Fusion
+from pefusion_jax.in_turn import after, in_turn
 
 
 def match_norm(method: Fusion, scale: float | jax.Array = 1.0) -> Fusion:
@@ -25,17 +26,21 @@ def match_norm(method: Fusion, scale: float | jax.Array = 1.0) -> Fusion:
     inner method. Use it in weight space.
 
     Args:
-      method: the inner method; its scale must not be 0.
+      method: the inner method; its scale must not be 0, nor so small that its result is taken for rounding errors.
       scale: :math:`s`; may be traced.
 
     Reference:
-      None: a rule of this library. A result of zeros stays as it is.
+      None: a rule of this library. A result of zeros, up to rounding, is not made longer.
     """
 
     def factor(fused: Iterable[Change], of_tasks: list[list[Change]]) -> jax.Array:
-        mean = sum((_norm(one) for one in of_tasks[1:]), _norm(of_tasks[0])) / len(of_tasks)
-        length = _norm(fused)
-        ratio = jnp.where(length > 0, mean / jnp.where(length > 0, length, jnp.ones_like(length)), jnp.ones_like(length))
+        result = list(fused)
+        # Not before the whole result, among whose decompositions are the inner method's.
+        length, *lengths = in_turn(_norm, [after(result, result), *of_tasks])
+        mean = sum(lengths[1:], lengths[0]) / len(lengths)
+        # What the tasks leave of each other by rounding alone has no direction.
+        some = length > 4 * float(jnp.finfo(length.dtype).eps) * len(lengths) * mean
+        ratio = jnp.where(some, mean / jnp.where(some, length, jnp.ones_like(length)), jnp.ones_like(length))
         return ratio * jnp.asarray(scale, ratio.dtype)
 
     def apply(stacked: Any) -> Any:
@@ -56,16 +61,18 @@ def match_norm(method: Fusion, scale: float | jax.Array = 1.0) -> Fusion:
 
 
 def _norm(changes: Iterable[Change]) -> jax.Array:
-    """Length of a tree of changes taken as one vector, of pairs from their factors' Gram matrices."""
-    squares = []
-    for change in changes:
-        wide = trees.wide_dtype(change.dtype)
-        if isinstance(change, LowRank):
-            a, b = change.a.astype(wide), change.b.astype(wide)
-            with jax.default_matmul_precision("highest"):
-                squares.append(jnp.sum((a.mT @ a) * (b @ b.mT)))
-        else:
-            squares.append(jnp.sum(jnp.square(change.astype(wide))))
+    """Length of a tree of changes taken as one vector."""
+    squares = in_turn(_square, changes)
     widest = jnp.result_type(*(square.dtype for square in squares))
-    # The Gram form may round to just below zero.
-    return jnp.sqrt(jnp.maximum(sum((square.astype(widest) for square in squares), jnp.zeros((), widest)), 0))
+    return jnp.sqrt(sum((square.astype(widest) for square in squares), jnp.zeros((), widest)))
+
+
+def _square(change: Change) -> jax.Array:
+    """Squared length, of a pair A B that of R B for A = Q R: from Gram matrices, squares would cancel where tasks do."""
+    wide = trees.wide_dtype(change.dtype)
+    if isinstance(change, LowRank):
+        if not change.rank:
+            return jnp.zeros((), wide)
+        r = jnp.linalg.qr(change.a.astype(wide), mode="r")
+        change = jnp.matmul(r, change.b.astype(wide), precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(jnp.square(change.astype(wide)))

@@ -11,6 +11,7 @@ whatever vectors the SVD has put beside singular values of zero, which are arbit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -59,8 +60,8 @@ def tsv_m(scale: float | jax.Array = 1.0, *, directions: int | None = None) -> F
       up to rounding take no part, nor do directions of :math:`[U_1 \cdots U_T]` that are: tasks with one frozen A share all of
       their left directions.
     """
-    if directions is not None and directions < 1:
-        raise ValueError(f"tsv_m keeps at least 1 direction of each task, not {directions}")
+    if directions is not None and (not isinstance(directions, Integral) or directions < 1):
+        raise ValueError(f"tsv_m keeps at least 1 direction of each task, a whole number, not {directions}")
 
     def core(given: Matrices) -> Factors:
         tasks = len(given.stack)
@@ -162,8 +163,8 @@ def svd(rank: int, weights: Weights = None, scale: float | jax.Array = 1.0) -> F
     Reference:
       Eckart and Young, *The approximation of one matrix by another of lower rank*, 1936; ``combination_type="svd"`` in PEFT.
     """
-    if rank < 1:
-        raise ValueError(f"svd needs a rank of at least 1, not {rank}")
+    if not isinstance(rank, Integral) or rank < 1:
+        raise ValueError(f"svd needs a rank of at least 1, a whole number, not {rank}")
     coefficients, tasks = _coefficients(weights, scale)
     whole = linear(coefficients, tasks)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from numbers import Integral
 from typing import Any, Literal
 
 import jax
@@ -43,8 +44,8 @@ def wudi(
       Cheng et al., *Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors*, 2025. We
       depart in the second moment unless ``moments="entry"``.
     """
-    if steps < 0:
-        raise ValueError(f"wudi cannot take {steps} steps")
+    if not isinstance(steps, Integral) or steps < 0:
+        raise ValueError(f"wudi cannot take {steps} steps; give a whole number")
     if moments not in ("matrix", "entry"):
         raise ValueError(f"wudi's second moments are of each 'entry' or of the 'matrix', not {moments!r}")
 

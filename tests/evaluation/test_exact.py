@@ -245,6 +245,15 @@ def test_best_combination_is_never_worse_than_the_grid(reference):
     assert best.source == "grid" and best.score == sweep(cached, tasks, grid).mean(1).max()
 
 
+def test_references_by_name_are_taken_by_name():
+    reference = {"x": 0.1, "y": 0.5, "z": 0.9}
+    wanted = best_combination(CACHED, TASKS, reference=list(reference.values()))
+    found = best_combination(CACHED, TASKS, reference=dict(reversed(reference.items())))
+    assert found.score == wanted.score and found.grid_score == wanted.grid_score
+    with pytest.raises(ValueError, match="reference has scores of x, w; give one for each of x, y, z"):
+        best_combination(CACHED, TASKS, reference={"x": 0.1, "w": 0.5})
+
+
 def test_simplices():
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -280,6 +289,9 @@ def test_errors():
     other = cache_outputs(fakes.Model(), PARAMS, {"a": TAUS["x"]}, TASKS[:1])
     with pytest.raises(ValueError, match="no displacement is named 'x'"):
         solve_coefficients(other, TASKS[:1], loss="least_squares")
+    still = CACHED._replace(moved=CACHED.moved | {"y": CACHED.moved["y"] * np.float32([1, 0, 1])[:, None, None]})
+    with pytest.raises(ValueError, match="the displacement of 'y' does nothing on its own examples"):
+        best_combination(still, TASKS, losses=["least_squares"])
     with pytest.raises(ValueError, match="no tasks named a"):
         solve_subsets(other, TASKS[:1])
     with pytest.raises(ValueError, match="unknown options start_at"):

@@ -132,9 +132,11 @@ def test_best_coefficients():
     assert best.point == 1 and best.score == pytest.approx(0.55)
     assert best_coefficients(grid[2:], scores[2:]).point == 0
     # Relative to what each task can reach, the second task counts more.
-    best = best_coefficients(grid, scores, {"p": 0.9, "q": 0.5})
+    best = best_coefficients(grid, scores, [0.9, 0.5])
     assert best.point == 2 and best.score == pytest.approx((0.6 / 0.9 + 1) / 2)
     np.testing.assert_array_equal(best.coefficients, np.array([0.5, 0.5]))
+    with pytest.raises(ValueError, match="columns of scores have no names"):
+        best_coefficients(grid, scores, {"q": 0.5, "p": 0.9})
     for bad in ([0.0, 1.0], [1.0]):
         with pytest.raises(ValueError, match="reference scores must be positive"):
             best_coefficients(grid, scores, bad)

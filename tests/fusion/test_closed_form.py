@@ -168,6 +168,41 @@ def test_regmean_is_the_formula():
         np.testing.assert_allclose(matrix(merged.leaves[path], path), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["dense", "diagonal"])
+def test_regmean_without_any_data_is_the_plain_average(kind):
+    deltas, _ = problem()
+    leaves = {name: Delta({FULL: delta.leaves[FULL]}) for name, delta in deltas.items()}
+    nothing = jnp.zeros((IN, IN)) if kind == "dense" else diagonal_moment(jnp.zeros(IN))
+    merged = pf.fuse(fusion.regmean({name: Statistics({FULL: Moments(nothing)}) for name in NAMES}), leaves)
+    expected = np.mean([delta.leaves[FULL] for delta in leaves.values()], axis=0)
+    np.testing.assert_allclose(merged.leaves[FULL], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rank", "off_diagonal"), [(4, 1.0), (64, 1.0), (4, 0.9)])
+def test_regmean_is_the_formula_also_where_moments_have_hardly_any_directions(rank, off_diagonal):
+    rng, n = np.random.default_rng(0), 64
+    g = {name: scale * (x := rng.normal(size=(n, rank))) @ x.T / rank for name, scale in zip(NAMES, (1, 3, 0.2), strict=True)}
+    for moment in g.values():
+        moment[5] = moment[:, 5] = 0  # an input that is always zero
+    d = {name: rng.normal(size=(n, 3)) for name in NAMES}
+
+    def formula(alpha):
+        hats = {t: hat(g[t], alpha, 1e-6) for t in NAMES}
+        return np.linalg.solve(sum(hats.values()), sum(hats[t] @ d[t] for t in NAMES))
+
+    expected = formula(off_diagonal)
+    stats = {t: Statistics({p: Moments(jnp.asarray(g[t], jnp.float32)) for p in ("x/kernel", "y/kernel")}) for t in NAMES}
+    deltas = {t: Delta({p: jnp.asarray(d[t], jnp.float32) for p in ("x/kernel", "y/kernel")}) for t in NAMES}
+    merged = jax.jit(lambda deltas: pf.fuse(fusion.regmean(stats, off_diagonal=off_diagonal), deltas))(deltas)
+    for leaf in merged.leaves.values():
+        assert np.linalg.norm(leaf - expected) < 2e-5 * np.linalg.norm(expected)
+    a = jnp.eye(n + 1, n)
+    pairs = {t: Delta({"x/kernel": LowRank(a, jnp.asarray(d[t], jnp.float32), (n + 1, 3))}) for t in NAMES}
+    shared = pf.fuse(fusion.regmean_shared(stats), pairs).leaves["x/kernel"].b
+    expected = formula(1.0)
+    assert np.linalg.norm(shared - expected) < 2e-5 * np.linalg.norm(expected)
+
+
 def test_regmean_in_a_shared_space_is_the_least_squares_optimum_of_its_rank():
     _, stats = problem()
     rng = np.random.default_rng(8)

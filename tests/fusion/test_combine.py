@@ -2,12 +2,13 @@
 
 from types import SimpleNamespace
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pefusion_jax import fusion
+from pefusion_jax import fusion, trees
 from pefusion_jax.deltas import Delta, LowRank, dense
 
 WEIGHTS = {"a": 0.5, "b": -1.0, "c": 2.0}
@@ -140,6 +141,36 @@ def test_weight_space_is_not_adapter_space():
     for key, leaf in scaled.items():
         moved = sum(np.asarray(tree[key] - init[key], np.float64) for tree in trees.values())
         np.testing.assert_allclose(leaf, init[key] + 0.3 * moved, rtol=1e-5, atol=1e-6)
+
+
+def test_the_result_has_the_structure_of_the_trees():
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3)), jnp.float32)
+    nested = {"enc": {"layer": {"q": {"kernel": kernel}}}, "head": {"kernel": kernel[0]}}
+    numbered = {"layer": {"q": {"kernel": kernel}}, "heads": {0: kernel[0], 1: kernel[1]}}
+    for tree in (nested, trees.paths(nested), numbered, flax.core.freeze(nested)):
+        assert jax.tree.structure(fusion.fuse(fusion.tsv_m(), [tree, tree])) == jax.tree.structure(tree)
+        moved = jax.tree.map(lambda leaf: leaf + 1, tree)
+        found = fusion.fuse(fusion.ties(1.0), [moved, moved], space="adapter", init=tree)
+        jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-6), found, moved)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        fusion.della(), fusion.della(conform="mergekit"), fusion.breadcrumbs(), fusion.breadcrumbs(conform="mergekit"),
+        fusion.pcb(), fusion.dare(), fusion.ties(), fusion.ties(conform="peft"), fusion.tsv_m(), fusion.knots(), fusion.wudi(),
+        fusion.model_stock(), fusion.core_space(), fusion.match_norm(fusion.svd(2)),
+    ],
+)  # fmt: skip
+def test_leaves_without_entries_pass_through(method):
+    full = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    empty = {f"empty {n}": np.zeros(shape, np.float32) for n, shape in enumerate([(0,), (0, 3), (3, 0), (2, 0, 3)])}
+    alone = fusion.fuse(method, [{"w": leaf} for leaf in full])
+    trees = [{"w": leaf} | empty for leaf in full]
+    for found in (fusion.fuse(method, trees), fusion.fuse(method, [Delta(tree) for tree in trees]).leaves):
+        np.testing.assert_allclose(dense(found["w"]), alone["w"], rtol=1e-5, atol=1e-6)
+        assert {path: found[path].shape for path in empty} == {path: leaf.shape for path, leaf in empty.items()}
+    assert fusion.fuse(method, [empty, empty]).keys() == empty.keys()
 
 
 def test_structures_are_checked():

@@ -57,6 +57,27 @@ def test_tasks_that_cancel_out_give_zeros():
     assert all(not np.any(leaf) for leaf in found.leaves.values())
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+def test_factors_that_nearly_cancel(jitted):
+    rng = np.random.default_rng(0)
+    a, b, rest = rng.normal(size=(64, 4)), 1e6 * rng.normal(size=(4, 64)), rng.normal(size=(4, 64))
+
+    def low(b):
+        return Delta({p: LowRank(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), (64, 64)) for p in ("x", "y")})
+
+    def fuse(given):
+        return pf.fuse(fusion.match_norm(fusion.task_arithmetic(1.0)), given)
+
+    # What is left has a length of its own, far above rounding: it is the one that is measured.
+    given = {"one": low(b), "other": low(100 * rest - b)}
+    found = (jax.jit(fuse) if jitted else fuse)(given)
+    np.testing.assert_allclose(norm(found), np.mean([norm(delta) for delta in given.values()]), rtol=1e-2)
+    # What is rounding alone is not made longer.
+    exact = {"one": low(b), "other": low(rest), "sum": low(-b - rest)}
+    found = (jax.jit(fuse) if jitted else fuse)(exact)
+    assert norm(found) < 1e-5 * norm(exact["one"])
+
+
 def test_names_reach_the_inner_method():
     given = tasks()
     weights = {"a": 1.0, "b": 0.0, "c": 0.0}
