@@ -38,6 +38,7 @@ from pefusion_jax.rules import (
     join,
     owner_on_layers,
     refuse_taken,
+    require_whole,
     sees,
     sites,
     unmatched,
@@ -154,10 +155,13 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
     if not rules:
         raise ValueError("adapt(model, methods) got no method; pass one, for example pf.LoRA(rank=8, targets=r'.*/query')")
     for rule in rules:
-        try:
-            re.compile(rule.targets)
-        except re.error as error:
-            raise ValueError(f"targets={rule.targets!r} is not a regular expression: {error}") from error
+        if not isinstance(rule.targets, str):
+            raise ValueError(f"targets={rule.targets!r} must be one string; join several with |, as in r'.*/(query|value)'")
+        for regex in (rule.targets, *getattr(rule, "patterns", ())):
+            try:
+                re.compile(regex)
+            except re.error as error:
+                raise ValueError(f"{type(rule).__name__}: {regex!r} is not a regular expression: {error}") from error
     on_layers = tuple(rule for rule in rules if rule.acts_on == "layers")
     on_parameters = tuple(rule for rule in rules if rule.acts_on == "parameters")
 
@@ -188,7 +192,7 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
     def expand(branch: Callable[..., Any], change: Callable[..., Any], exact: bool = False) -> Callable[..., Any]:
         def forward(params: Any, parts: Sequence[Any], *inputs: Any, rngs: Any = None, **kwargs: Any) -> Any:
             variables = _collections(params)
-            check_paths(parts, variables["params"], on_layers)
+            check_paths(parts, variables["params"], rules)
             edited = {"params": variables["params"]}
             for rule, site, leaves, weights in sites(on_parameters, parts, variables["params"], parameters=True):
                 named = change(rule, site, leaves, weights)
@@ -222,7 +226,7 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
 
     def changes(params: Any, parts: Sequence[Any], change: Callable[..., Any], exact: bool = False) -> Delta:
         weights = _collections(params)["params"]
-        check_paths(parts, weights, on_layers)
+        check_paths(parts, weights, rules)
         found: dict[str, Any] = {}
         for kind, rules_of_kind in (("layers", on_layers), ("parameters", on_parameters)):
             for rule, site, leaves, here in sites(rules_of_kind, parts, weights, parameters=kind == "parameters"):
@@ -282,7 +286,7 @@ def _init_layers(
     model: nn.Module, rules: Sequence[Method], key: jax.Array, params: Any, inputs: Any, kwargs: Any
 ) -> dict[str, Any]:
     """Creates the adapter leaves by tracing the model once; XLA drops the forward pass, whose outputs nobody uses."""
-    matched: set[int] = set()
+    matched: dict[int, set[str]] = {}
     seen: dict[str, Layer] = {}
 
     def create(next_fn: Callable[..., Any], args: Any, call_kwargs: Any, context: Any) -> Any:
@@ -293,7 +297,7 @@ def _init_layers(
         seen[layer.path] = layer
         rule = first([rule for rule in rules if sees(rule, layer)], layer.path)
         if rule is not None:
-            matched.add(rules.index(rule))
+            matched.setdefault(rules.index(rule), set()).add(layer.path)
             module = context.module
             leaves = rule.leaves(layer)
             refuse_taken([join(layer.path, name) for name in leaves], taken)
@@ -334,6 +338,12 @@ def _init_layers(
                     f"{type(rule).__name__} cannot adapt; aim at a layer, or use a method for taps, such as Bottleneck"
                 )
             raise ValueError(unmatched(rule, own, "layer"))
+        for regex in getattr(rule, "patterns", ()):
+            if not any(re.fullmatch(regex, path) for path in matched[index]):
+                raise ValueError(
+                    f"the pattern {regex!r} of {type(rule).__name__} matches none of its layers"
+                    f"{trees.did_you_mean(regex, matched[index])}. The whole path must match"
+                )
     return trees.nest(created)
 
 
@@ -359,6 +369,8 @@ def _interceptor(
                 f"{type(rule).__name__} matches the layer {layer.path!r}, for which the adapters hold no leaves; make the "
                 "adapters with init() and the same kind of call as this one"
             )
+        for part in leaves:
+            require_whole(rule, layer.path, part)
         key = None
         if stochastic and rule.stochastic:
             if not module.has_rng("dropout"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,8 +111,9 @@ def inspect(given: str | os.PathLike[str]) -> dict[str, Any]:
 class Plan(NamedTuple):
     """What :func:`convert` writes, or would write.
 
-    ``difference``: with ``as_layer``, the largest absolute difference of outputs between the linearized model and what was
-    written, on a few sentences or on noise images; ``None`` where nothing is approximated or nothing was written.
+    ``base``: the base model of an adapter or a run. ``difference``: with ``as_layer``, the largest absolute difference of
+    outputs between the linearized model and what is written, on a few sentences or on noise images; ``None`` where nothing is
+    approximated.
     """
 
     source: str
@@ -146,23 +149,25 @@ def convert(
       out: the folder to write; whole or not at all.
       to: ``huggingface``, ``peft`` or ``run``.
       base: the base model of a PEFT adapter; what the adapter names if not given.
-      dtype: of a model's tensors in the file; those of the source if not given.
+      dtype: of a model's tensors in the file; that of the source's or its base's file if not given. Merging is in float32.
       max_shard_bytes: largest file of weights.
       as_layer: export a network- or weight-linearized run as its layer counterpart, which is another function.
       target: names of modules in a PEFT adapter, ``transformers>=5`` or ``transformers<5``.
       overwrite: replace a folder that is not empty.
-      dry_run: write nothing.
+      dry_run: read and check everything, and write nothing in ``out``.
       command: the command line, for the card.
 
     Returns:
       What was written, or would be.
 
     Raises:
-      ValueError: if the source cannot become that kind, with the way out, or lies in ``out``.
+      ValueError: if the source cannot become that kind, with the way out; if an argument has no meaning for it; or if the
+        source or its base lies in ``out``.
       FileExistsError: if ``out`` is not empty.
     """
-    from pefusion_jax import files
-    from pefusion_jax.interop import saving
+    from pefusion_jax import files, runs
+    from pefusion_jax.interop import hub, saving
+    from pefusion_jax.interop.peft_names import TARGETS
 
     if to not in KINDS:
         raise ValueError(f"to={to!r} is not one of {', '.join(KINDS)}")
@@ -175,23 +180,38 @@ def convert(
         raise ValueError(f"{given} is a whole model; only an adapter or a run becomes {to}: train one with pefusion finetune")
     if dtype is not None and to != "huggingface":
         raise ValueError(f"dtype={dtype!r} goes with --to huggingface; adapters keep their own precision")
+    if base is not None and source.kind != "peft":
+        raise ValueError(f"base={base!r} is for a PEFT adapter, and {given} is a {source.kind}; leave --base out")
+    if to != "peft" and (as_layer or target != TARGETS[0]):
+        raise ValueError(
+            f"as_layer and target say how a PEFT adapter is written; leave them out, or convert --to peft, not {to}"
+        )
     target_folder = Path(out)
     files.require_free(target_folder, overwrite)
     files.require_apart(out, source.path)
+    run = runs.load_run(source.path) if source.kind == "run" else None
+    if source.kind != "huggingface":
+        base = str(run.spec["model"]) if run is not None else base or _base_of(source.path)
+        files.require_apart(out, hub.locate(base).path)
     limit = saving.MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes
     names: tuple[str, ...]
     difference = None
     if to == "huggingface":
-        names = _to_huggingface(source, target_folder, base, dtype, limit, overwrite, dry_run, command)
-    elif to == "peft":
-        names, difference = _to_peft(source, target_folder, as_layer, target, overwrite, dry_run)
-    else:
-        names = _to_run(source, target_folder, base, overwrite, dry_run)
+        names = _to_huggingface(source, run, target_folder, base, dtype, limit, overwrite, dry_run, command)
+    else:  # small, so that a dry run is a run that throws away what it made
+        with tempfile.TemporaryDirectory() if dry_run else nullcontext() as scratch:
+            place = target_folder if scratch is None else Path(scratch) / "out"
+            if run is not None:
+                difference = _to_peft(run, place, as_layer, target, overwrite)
+            else:
+                _to_run(source, place, str(base), overwrite)
+            names = tuple(sorted(file.name for file in place.iterdir()))
     return Plan(os.fspath(given), source.kind, to, os.fspath(out), base, dtype, names, difference)
 
 
 def _to_huggingface(
     source: Source,
+    run: Any,
     out: Path,
     base: str | None,
     dtype: str | None,
@@ -200,27 +220,28 @@ def _to_huggingface(
     dry_run: bool,
     command: Sequence[str] | None,
 ) -> tuple[str, ...]:
-    from pefusion_jax import PromptTuning, fold, load_pretrained, runs
-    from pefusion_jax.interop import hub, load_peft, manifest, saving
+    import jax
+    import jax.numpy as jnp
+
+    from pefusion_jax import PromptTuning, fold, load_pretrained
+    from pefusion_jax.interop import hub, load_peft, manifest, pretrained, saving
     from pefusion_jax.interop.card import model_card
 
     inputs = {Path(source.given).name or source.given: source.path}
     models: tuple[str, ...] = ()
     results: Mapping[str, Any] | None = None
     method = None
-    if source.kind == "huggingface":
+    if base is None:
         like, base_name, relation = source.path, source.given, "finetune"
         model, params = load_pretrained(source.path, dtype="auto" if dtype is None else None)
     else:
-        if source.kind == "run":
-            run = runs.load_run(source.path)
-            base_name, model, params, adapted, tree = str(run.spec["model"]), run.model, run.params, run.adapted, run.tree
+        base_name, like = base, hub.locate(base).path
+        if run is not None:
+            model, params, adapted, tree = run.model, run.params, run.adapted, run.tree
             results = _scores(run.spec)
         else:
-            base_name = base or _base_of(source.path)
             model, params = load_pretrained(base_name)
             adapted, tree = load_peft(source.path, model, params)
-        like = hub.locate(base_name).path
         inputs["base"] = like
         relation, models = "merge", (source.given,)
         from pefusion_jax.deltas import Delta
@@ -241,7 +262,9 @@ def _to_huggingface(
                 "--mode layer to merge it, or export its layer counterpart: --to peft --as-layer"
             )
         delta = tree if isinstance(tree, Delta) else adapted.deltas(params, tree)
-        params = fold(params, delta)
+        params = fold(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), delta)
+        stored = pretrained.stored_dtypes(pretrained.open_checkpoint(like))
+        dtype = dtype or (str(*stored) if len(stored) == 1 else None)
         method = f"The adapter of `{source.given}` written into the weights of `{base_name}`."
     described = {
         name: manifest.describe_input(source.given if name != "base" else base_name, path) for name, path in inputs.items()
@@ -276,17 +299,11 @@ def _to_huggingface(
     return tuple(sorted(file.name for file in out.iterdir()))
 
 
-def _to_peft(
-    source: Source, out: Path, as_layer: bool, target: str, overwrite: bool, dry_run: bool
-) -> tuple[tuple[str, ...], float | None]:
-    from pefusion_jax import runs
+def _to_peft(run: Any, out: Path, as_layer: bool, target: str, overwrite: bool) -> float | None:
     from pefusion_jax.interop import save_peft
 
-    run = runs.load_run(source.path)
     approximate = as_layer and run.spec["mode"] in ("network", "weight")
-    if dry_run and (approximate or run.spec["mode"] not in ("network", "weight")):
-        return ("README.md", "adapter_config.json", "adapter_model.safetensors"), None
-    done = save_peft(
+    return save_peft(
         out,
         run.adapted,
         run.tree,
@@ -296,8 +313,7 @@ def _to_peft(
         inputs=_sample_inputs(str(run.spec["model"]), run.model) if approximate else None,
         target=target,
         overwrite=overwrite,
-    )
-    return tuple(sorted(file.name for file in out.iterdir())), done.difference
+    ).difference
 
 
 def _sample_inputs(name: str, model: Any) -> dict[str, Any] | None:
@@ -319,23 +335,22 @@ def _sample_inputs(name: str, model: Any) -> dict[str, Any] | None:
     return {key: np.asarray(value, np.int32) for key, value in encoded.items() if key in ("input_ids", "attention_mask")}
 
 
-def _to_run(source: Source, out: Path, base: str | None, overwrite: bool, dry_run: bool) -> tuple[str, ...]:
+def _to_run(source: Source, out: Path, base: str, overwrite: bool) -> None:
     from pefusion_jax import files, load_pretrained, runs
+    from pefusion_jax.interop import manifest
     from pefusion_jax.interop.peft import read_peft
 
-    if dry_run:
-        return (runs.FILE, "config.json")
-    name = base or _base_of(source.path)
-    model, params = load_pretrained(name)
+    model, params = load_pretrained(base)
     adapter = read_peft(source.path, model, params)
     if adapter.heads:
         raise ValueError(
-            f"{source.given} also holds a head that {name} does not have: {', '.join(adapter.heads)}. A run cannot keep it: "
+            f"{source.given} also holds a head that {base} does not have: {', '.join(adapter.heads)}. A run cannot keep it: "
             "use --base with a model that has this head, or interop.read_peft, which gives it as .heads"
         )
     with files.new_folder(out, overwrite) as folder:
-        runs.save_run(folder, adapter.adapters, model=name, params=params, methods=adapter.methods, source=source.given)
-    return tuple(sorted(file.name for file in out.iterdir()))
+        runs.save_run(folder, adapter.adapters, model=base, params=params, methods=adapter.methods, source=source.given)
+        inputs = {"adapter": manifest.describe_input(source.given, source.path)}
+        manifest.write_manifest(folder, inputs=inputs, settings={"base": base})
 
 
 def _base_of(folder: Path) -> str:

@@ -68,6 +68,8 @@ class Finetune:
     """Steps between two states."""
     statistics: int = 0
     """Training examples whose second moments are stored with the adapter, for 'fuse --method gram' and its like; no labels."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Split to score before and after."""
     seed: int = 0
     """Seed of adapters, data order and dropout."""
     overwrite: bool = False
@@ -136,6 +138,9 @@ def finetune(given: Finetune) -> None:
     import pefusion_jax as pf
     from pefusion_jax import files, runs
 
+    embedded = [path.parent.name for path in pf.tasks.embedded_path().glob("*/task.json")]
+    read = [path for path in (given.model, given.task) if Path(path).is_dir() and path not in embedded]
+    files.require_apart(given.out, *read, *filter(None, [given.checkpoint_dir]))
     with only_json(given.json), files.new_folder(given.out, given.overwrite) as folder:
         model, params = pf.load_pretrained(given.model, dtype=given.dtype)
         task = _tasks([given.task], given.model, model, params, given.head, given.max_length)[0]
@@ -149,6 +154,7 @@ def finetune(given: Finetune) -> None:
         phi0 = adapted.init(jax.random.key(given.seed), params, **inputs)
         mode = None if given.mode == "plain" else given.mode
         tuned = adapted if mode is None else pf.linearize(adapted, phi0, mode)
+        base = pf.evaluate(adapted, params, phi0, [task], split=given.split)  # before training: the split may not be there
         log = Path(given.checkpoint_dir or folder) / "metrics.jsonl"
         try:
             tree = pf.finetune(
@@ -171,8 +177,7 @@ def finetune(given: Finetune) -> None:
             raise ValueError(f"{stopped}; run the same command again to go on") from stopped
         if log.parent != folder:
             shutil.copy(log, folder)
-        base = pf.evaluate(adapted, params, phi0, [task])
-        scores = pf.evaluate(tuned, params, tree, [task])
+        scores = pf.evaluate(tuned, params, tree, [task], split=given.split)
         result = {"zero_shot": base.to_dict(), "tuned": scores.to_dict()}
         runs.save_run(
             folder,
@@ -212,6 +217,7 @@ def fuse(given: Fuse) -> None:
     files.require_apart(given.out, *given.runs)
     first = runs.load_run(given.runs[0])
     loaded = {name: runs.load_run(name, base=(first.model, first.params)) for name in given.runs}
+    files.require_apart(given.out, *(path for run in loaded.values() if Path(path := run.spec["model"]).is_dir()))
     for name, run in loaded.items():
         for entry in ("methods", "generator", "mode", "kind"):
             theirs, ours = run.spec.get(entry), first.spec.get(entry)

@@ -116,6 +116,32 @@ def tangent(primal: Change, direction: Change) -> Change:
     )
 
 
+def wide(leaf: Change) -> jax.Array:
+    """:func:`dense`, multiplied out in float32 at least, whatever the factors are stored in."""
+    return dense(jax.tree.map(lambda x: x.astype(trees.wide_dtype(x.dtype)), leaf))
+
+
+def located(params: Mapping[str, Any], delta: Delta | Mapping[str, Any]) -> dict[str, Change]:
+    """The changes under the paths that their parameters have in ``params``, which may be a dictionary of Linen collections.
+
+    Raises:
+      ValueError: if a path is not a parameter or its shape differs, naming the nearest parameters.
+    """
+    changes = delta.leaves if isinstance(delta, Delta) else trees.flat(delta)
+    variables = trees.flat(params)
+    # A dictionary of Linen collections: the change belongs to its "params".
+    prefix = "params/" if isinstance(params.get("params"), Mapping) else ""
+    for path, change in changes.items():
+        if prefix + path not in variables:
+            raise ValueError(f"no parameter {path!r} to fold into{trees.did_you_mean(prefix + path, variables)}")
+        weight = variables[prefix + path]
+        if weight.shape != change.shape:
+            raise ValueError(f"parameter {path!r} has shape {weight.shape}, its change has {change.shape}")
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            raise ValueError(f"parameter {path!r} is {weight.dtype}, which would lose its change; make it floating first")
+    return {prefix + path: change for path, change in changes.items()}
+
+
 def fold(params: Mapping[str, Any], delta: Delta | Mapping[str, Any]) -> dict[str, Any]:
     """Adds a weight-space change to base parameters: ``W + dW``, computed in float32 and stored in ``W``'s dtype.
 
@@ -127,19 +153,16 @@ def fold(params: Mapping[str, Any], delta: Delta | Mapping[str, Any]) -> dict[st
       A nested dictionary of the same structure, shapes and dtypes as ``params``.
 
     Raises:
-      ValueError: if a path is not a parameter or its shape differs, naming the nearest parameters.
+      ValueError: if a path is not a parameter or its shape differs, naming the nearest parameters; if a parameter is not
+        floating; or if a change is not finite, or too large for the parameter's dtype. What is traced is not looked at.
     """
-    changes = delta.leaves if isinstance(delta, Delta) else trees.flat(delta)
     variables = trees.flat(params)
-    # A dictionary of Linen collections: the change belongs to its "params".
-    prefix = "params/" if "params" in params and isinstance(params["params"], Mapping) else ""
-    for path, change in changes.items():
-        full = prefix + path
-        if full not in variables:
-            raise ValueError(f"no parameter {path!r} to fold into{trees.did_you_mean(full, variables)}")
-        weight = variables[full]
-        if weight.shape != change.shape:
-            raise ValueError(f"parameter {path!r} has shape {weight.shape}, its change has {change.shape}")
-        wide = trees.wide_dtype(weight.dtype)
-        variables[full] = (weight.astype(wide) + dense(change).astype(wide)).astype(weight.dtype)
+    for path, change in located(params, delta).items():
+        weight, moved = variables[path], wide(change)
+        kind = trees.wide_dtype(weight.dtype)
+        variables[path] = folded = (weight.astype(kind) + moved.astype(kind)).astype(weight.dtype)
+        if not isinstance(folded, jax.core.Tracer) and not jnp.all(jnp.isfinite(folded)):
+            trees.require_finite({path: moved}, "the change")
+            if jnp.all(jnp.isfinite(weight)):  # what the base has already is not the change's fault
+                raise ValueError(f"parameter {path!r} is {weight.dtype}, for which its change is too large; cast it to float32")
     return trees.nest(variables)

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,11 +67,16 @@ def require_free(out: str | os.PathLike[str], overwrite: bool) -> None:
     """Refuses an output folder that :func:`new_folder` would refuse, before any work is done.
 
     Raises:
-      FileExistsError: if ``out`` holds something and ``overwrite`` is not given, or is a file.
+      FileExistsError: if ``out`` holds something and ``overwrite`` is not given, is a file, or cannot be replaced: a mount
+        point, or where this process stands.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; name a folder")
+    if os.path.ismount(out.resolve()):
+        raise FileExistsError(f"{out} is a mount point, which cannot be replaced; name a folder in it")
+    if Path.cwd().is_relative_to(out.resolve()):  # the shell would be left in a folder that is no longer there
+        raise FileExistsError(f"{out} is or holds the working directory, which cannot be replaced; name another folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise FileExistsError(f"{out} is not empty; name another folder, or replace it with --overwrite")
 
@@ -92,21 +97,33 @@ def new_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator
     """A folder that appears under its name only when everything in it has been written.
 
     Args:
-      out: the folder to make. If it exists it must be empty, or ``overwrite`` be given.
-      overwrite: replace a folder that exists.
+      out: the folder to make, or a link to it. If it exists it must be empty, or ``overwrite`` be given.
+      overwrite: replace a folder that exists; it is deleted last.
 
     Raises:
-      FileExistsError: if ``out`` holds something and ``overwrite`` is not given, or is a file.
+      FileExistsError: as :func:`require_free`.
+      OSError: if the complete folder cannot be moved to its place; it is kept, and the message says where.
     """
     require_free(out, overwrite)
-    out = Path(out)
+    out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = _aside(out)
     staging.mkdir()
     try:
         yield staging
-        if out.is_dir():
-            shutil.rmtree(out)
-        os.replace(staging, out)
-    finally:
+        require_free(out, overwrite)  # again: others may have written there in the meantime
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+    old = staging.with_suffix(".old")
+    try:
+        if out.is_dir():
+            os.rename(out, old)
+        os.rename(staging, out)
+    except OSError as error:
+        if not out.exists():
+            with suppress(OSError):  # there was nothing, or it stays where the message says
+                os.rename(old, out)
+        left = f"; what it held is in {old}" if old.is_dir() else ""
+        raise OSError(f"{out} could not be replaced ({error}): the new folder is complete in {staging}{left}") from error
+    shutil.rmtree(old, ignore_errors=True)

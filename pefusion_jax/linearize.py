@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from pefusion_jax import trees
 from pefusion_jax.adapt import Adapted, Expansions
-from pefusion_jax.deltas import Change, Delta, LowRank, dense, fold, tangent, weighted_sum
+from pefusion_jax.deltas import Change, Delta, LowRank, dense, fold, located, tangent, weighted_sum, wide
 
 MODES = ("network", "layer", "weight")
 
@@ -43,7 +43,8 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
 
     Args:
       adapted: the model to expand; not itself linearized.
-      adapters0: the point of expansion, as from ``adapted.init``. It becomes part of the returned functions.
+      adapters0: the point of expansion, as from ``adapted.init``. It becomes part of the returned functions, in float32 if it
+        is of less.
       mode: ``"network"``, ``"layer"`` or ``"weight"``; see the module docstring.
 
     Returns:
@@ -75,6 +76,7 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
             f"mode='weight' is a tangent in the weights, but {type(crooked[0]).__name__} is no change of the weights; use "
             "mode='network', or mode='layer'"
         )
+    adapters0 = trees.nest({path: _at_least_float32(leaf) for path, leaf in trees.flat(adapters0).items()})
     moving = trees.paths(adapted.moving(adapters0))
 
     def init(key: Any, params: Any, *inputs: Any, **kwargs: Any) -> Any:
@@ -82,13 +84,15 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), adapters0)
 
     def full(tau: Any) -> Any:
-        """``tau`` with zeros for the leaves that it leaves out."""
+        """``tau`` in the dtypes of ``adapters0``, with zeros for the leaves that it leaves out."""
         given = trees.paths(tau)
         known = trees.paths(adapters0)
         for path in given:
             if path not in known:
                 raise ValueError(f"the displacement has a leaf {path!r}, adapters0 has none{trees.did_you_mean(path, known)}")
-        return trees.map_paths(lambda path, leaf: given.get(path, jnp.zeros_like(leaf)), adapters0)
+        return trees.map_paths(
+            lambda path, leaf: given[path].astype(leaf.dtype) if path in given else jnp.zeros_like(leaf), adapters0
+        )
 
     def pick(tree: Any) -> Any:
         """The leaves of a displacement that can move the model."""
@@ -110,9 +114,9 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
         if mode == "layer":
             return adapted.base(fold(start(params), delta), *inputs, **kwargs)
         # The same first-order model, in the weights that change: partitioned first, so that all others stay constants.
-        here = trees.flat(start(params))
-        prefix = "params/" if isinstance(params.get("params"), dict) else ""
-        moved = {prefix + path: dense(leaf) for path, leaf in delta.leaves.items()}
+        started = start(params)
+        here = trees.flat(started)
+        moved = {path: wide(leaf) for path, leaf in located(started, delta).items()}
 
         def of_weights(weights: dict[str, Any]) -> Any:
             return adapted.base(trees.nest({**here, **weights}), *inputs, **kwargs)
@@ -147,13 +151,13 @@ def _network(adapted: Adapted, expand: Expansions, phi0: Any, full: Any, pick: A
     """
 
     def along(params: Any, inputs: Any, rngs: Any, kwargs: Any, tau: Any) -> tuple[Any, Any]:
-        full(tau)
-        given, fixed = trees.split(phi0, tau)
+        moved, _ = trees.split(full(tau), tau)
+        given, fixed = trees.split(phi0, moved)
 
-        def of_adapters(moved: Any) -> Any:
-            return adapted.apply(params, trees.merge(moved, fixed), *inputs, rngs=rngs, **kwargs)
+        def of_adapters(at: Any) -> Any:
+            return adapted.apply(params, trees.merge(at, fixed), *inputs, rngs=rngs, **kwargs)
 
-        return _jvp(of_adapters, given, tau)
+        return _jvp(of_adapters, given, moved)
 
     def apply(params: Any, tau: Any, *inputs: Any, rngs: Any = None, **kwargs: Any) -> Any:
         primal, out = along(params, inputs, rngs, kwargs, tau)
@@ -244,6 +248,11 @@ def _tangent_deltas(expand: Expansions, phi0: Any, params: Any, tau: Any) -> Del
         }
 
     return expand.changes(params, (phi0, tau), change)
+
+
+def _at_least_float32(leaf: Any) -> Any:
+    """Small steps would be lost in half precision; and the derivative along a displacement wants one dtype of both."""
+    return leaf.astype(trees.wide_dtype(leaf.dtype)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def _is_zero(change: Change) -> bool:

@@ -24,6 +24,7 @@ class Probe:
     acts_on: ClassVar[str] = "layers"
     stochastic: ClassVar[bool] = False
     names: ClassVar[tuple[str, ...]] = (INPUTS, OUTPUTS, ROWS, MIXED)
+    optional: ClassVar[tuple[str, ...]] = (MIXED,)
 
     def owns(self, leaf: str) -> str:
         return ""

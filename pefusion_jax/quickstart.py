@@ -105,12 +105,14 @@ def quickstart(
 
     Raises:
       FileExistsError: if ``out`` holds something already.
+      ValueError: if the model's folder lies in ``out``.
     """
     began = time.monotonic()
 
     def stage(text: str) -> None:
         say(f"[{time.monotonic() - began:4.0f} s] {text}")
 
+    files.require_apart(out, settings.model)
     with files.new_folder(out, overwrite) as folder:
         model, params = load_pretrained(settings.model)
         suite = _suite(settings, model, params)
@@ -344,6 +346,7 @@ def _adapter_space(kind: _Kind, lora: Adapted, params: Any, phi0: Any) -> dict[s
 def _save(folder: Path, settings: Settings, kind: _Kind, best: _Choice, params: Any, method: LoRA, phi0: Any) -> None:
     mode = None if kind.key == "lora" else kind.key
     common: dict[str, Any] = {"model": settings.model, "params": params, "methods": method, "mode": mode, "adapters0": phi0}
+    common |= {"head": "zero_shot", "max_length": settings.max_length}  # as _suite has them
     for name, tree in kind.trees.items():
         runs.save_run(folder / name, tree, tasks=[name], **common)
     runs.save_run(folder / "fused", best.change, tasks=list(kind.trees), fusion=f"{best.name}, {best.detail}", **common)

@@ -18,13 +18,15 @@ class Method(Protocol):
     """What ``adapt`` asks of an adapter method; see ``pefusion_jax.methods`` for those that exist.
 
     ``acts_on == "layers"``: rules address modules, ``branch`` computes what is added to the layer's output, and ``names``
-    are the names of its leaves. ``acts_on == "parameters"``: rules address parameters, the change of each is added before
-    the model runs, and ``owns`` says which parameter a leaf belongs to. ``stochastic``: whether ``branch`` needs a random
-    key in training.
+    are the names of its leaves, which every site has. ``acts_on == "parameters"``: rules address parameters, the change of each
+    is added before the model runs, and ``owns`` says which parameter a leaf belongs to. ``stochastic``: whether ``branch``
+    needs a random key in training.
 
     A method may also have ``taps = True``: its rules address taps too (``backbones.Tap``), which no other method sees;
-    ``folds = False``: its branch is no change of weights, and ``change`` always raises; and ``around(call) -> call``: it gives
-    the adapted model, ``call(*inputs, **kwargs) -> outputs``, other inputs than it was called with, or edits its outputs.
+    ``folds = False``: its branch is no change of weights, and ``change`` always raises; ``optional``: those of its names that
+    not every site has; ``patterns``: regular expressions beside the targets, each of which has to match one of its layers; and
+    ``around(call) -> call``: it gives the adapted model, ``call(*inputs, **kwargs) -> outputs``, other inputs than it was
+    called with, or edits its outputs.
     """
 
     targets: str
@@ -111,6 +113,8 @@ def sites(rules: Sequence[Method], parts: Sequence[Any], params: Any, *, paramet
                 slot[index][name] = leaf
     weights = {} if params is None else trees.flat(params)
     for (site, rule_index), leaves in grouped.items():
+        for part in () if parameters else leaves:
+            require_whole(rules[rule_index], site, part)
         prefix = site + "/" if site else ""
         here = {
             path[len(prefix) :]: w for path, w in weights.items() if path.startswith(prefix) and "/" not in path[len(prefix) :]
@@ -118,8 +122,18 @@ def sites(rules: Sequence[Method], parts: Sequence[Any], params: Any, *, paramet
         yield rules[rule_index], site, tuple(leaves), here
 
 
+def require_whole(rule: Method, site: str, leaves: Leaves) -> None:
+    """Refuses a site on layers that lacks a leaf: half of a pair is no adapter."""
+    for name in rule.names:
+        if name not in leaves and name not in getattr(rule, "optional", ()):
+            raise ValueError(
+                f"the adapters lack the leaf {join(site, name)!r}, which {type(rule).__name__} needs beside "
+                f"{', '.join(map(repr, leaves)) or 'no other'}; make them with init()"
+            )
+
+
 def check_paths(parts: Sequence[Any], params: Mapping[str, Any], rules: Sequence[Method]) -> None:
-    """Linen ignores variables that no module asks for, so a misspelled adapter path would be silent without this."""
+    """Linen ignores variables that no module asks for, so a leaf that nothing uses would be silent without this."""
     modules = {path.rpartition("/")[0] for path in trees.flat(params)}
     around = {"", *modules}
     for module in modules:
@@ -127,10 +141,14 @@ def check_paths(parts: Sequence[Any], params: Mapping[str, Any], rules: Sequence
     for part in parts:
         for path in trees.flat(part):
             site = path.rpartition("/")[0]
+            rule = owner(rules, path)
             # A tap has no parameters, but the module that it stands in has; whether it exists, the forward pass shows.
-            tap = site.rpartition("/")[0] in around and getattr(owner_on_layers(rules, path), "taps", False)
+            tap = site.rpartition("/")[0] in around and getattr(rule, "taps", False)
             if site not in modules and not tap:
                 raise ValueError(_unknown(path, modules))
+            if rule is None:
+                known = ", ".join(f"{type(each).__name__}(targets={each.targets!r})" for each in rules)
+                raise ValueError(f"the adapters have a leaf {path!r} that is of no method here: {known}; leave it out")
 
 
 def check_called(parts: Sequence[Any], params: Mapping[str, Any], called: set[str]) -> None:

@@ -11,6 +11,7 @@ A run is a folder with one safetensors file (see ``training.checkpoint.save_adap
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ FILE = "adapter.safetensors"
 STATISTICS = "statistics.safetensors"
 _METHODS = {method.__name__: method for method in (LoRA, FullFineTuning, Bottleneck, PromptTuning)}
 _GENERATORS = {made.__name__: made for made in (CondLoRA, HyperNetwork, HyperDecoder, PerTask, MPT, Attempt)}
+# What the metadata must hold, by type.
+_TEXT = {"kind": str, "model": str, "base_fingerprint": str}
+_SPEC: dict[str, Any] = {**_TEXT, "methods": list, "mode": (str, type(None)), "dtype": (str, type(None))}
 
 
 class Run(NamedTuple):
@@ -126,10 +130,12 @@ def load_run(folder: str | os.PathLike[str], base: tuple[Any, Any] | None = None
             )
         raise FileNotFoundError(f"{folder} holds no {FILE}; give the folder that 'pefusion finetune' or 'pefusion fuse' wrote")
     stored, spec = load_adapters(path)
-    missing = [name for name in ("kind", "model", "base_fingerprint", "methods", "mode") if name not in spec]
-    if missing or "tree" not in stored:
-        lacking = ", ".join(missing) or "its tree"
-        raise ValueError(f"{path} was not written by save_run: it lacks {lacking}; train the adapter again")
+    given, held = {"dtype": None, **spec}, {"tree": None, **stored}
+    lacking = [name for name, kind in _SPEC.items() if name not in given or not isinstance(given[name], kind)]
+    lacking += [name for name in ("tree", "adapters0") if not isinstance(held.get(name, {}), Mapping)]
+    if lacking or spec["kind"] not in ("adapters", "delta"):
+        what = ", ".join(lacking) or f"a kind that is known, and has {spec['kind']!r}"
+        raise ValueError(f"{path} was not written by save_run: it lacks {what}; train the adapter again")
     model, params = load_pretrained(spec["model"], dtype=spec.get("dtype")) if base is None else base
     found = fingerprint(params)
     if found != spec["base_fingerprint"]:
@@ -137,17 +143,19 @@ def load_run(folder: str | os.PathLike[str], base: tuple[Any, Any] | None = None
             f"{path} was made for other base weights: {spec['model']} with fingerprint {spec['base_fingerprint'][:12]}, but "
             f"the model that was loaded has {found[:12]}; load the model that it was trained on"
         )
-    adapted = adapt(model, methods_of(spec, path))
-    if (generator := generator_of(spec, path)) is not None:
-        adapted = generate(adapted, generator)
-    adapters0 = stored.get("adapters0")
-    if spec["mode"] is not None:
-        if adapters0 is None:
-            raise ValueError(f"{path} is linearized but holds no adapters0, the point of expansion; train it again")
-        adapted = linearize(adapted, adapters0, spec["mode"])
-    tree = stored["tree"]
-    if spec["kind"] == "delta":
-        tree = Delta(_changes(tree, spec.get("pairs", {})))
+    adapters0, tree = stored.get("adapters0"), stored["tree"]
+    if spec["mode"] is not None and adapters0 is None:
+        raise ValueError(f"{path} is linearized but holds no adapters0, the point of expansion; train it again")
+    try:
+        adapted = adapt(model, methods_of(spec))
+        if (generator := generator_of(spec)) is not None:
+            adapted = generate(adapted, generator)
+        if spec["mode"] is not None:
+            adapted = linearize(adapted, adapters0, spec["mode"])
+        if spec["kind"] == "delta":
+            tree = Delta(_changes(tree, spec.get("pairs", {})))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # a damaged setting shows in many ways
+        raise ValueError(f"{path} cannot be used: {'it lacks ' if isinstance(error, KeyError) else ''}{error}") from error
     return Run(model, params, adapted, tree, adapters0, spec)
 
 
@@ -155,37 +163,41 @@ def _changes(tree: Mapping[str, Any], pairs: Mapping[str, Any]) -> dict[str, Any
     leaves = trees.flat(tree)
     changes: dict[str, Any] = {}
     for path, pair in pairs.items():
-        axes = pair["axes"]
-        changes[path] = LowRank(
-            leaves.pop(f"{path}/a"), leaves.pop(f"{path}/b"), tuple(pair["shape"]), None if axes is None else tuple(axes)
-        )
+        shape, axes = tuple(pair["shape"]), None if pair["axes"] is None else tuple(pair["axes"])
+        a, b = leaves.pop(f"{path}/a"), leaves.pop(f"{path}/b")
+        product = (*a.shape[:-1], b.shape[-1])
+        if b.shape != (*a.shape[:-2], a.shape[-1], b.shape[-1]) or math.prod(product) != math.prod(shape):
+            raise ValueError(f"the pair of {path!r}, {a.shape} and {b.shape}, does not multiply to {shape}; train it again")
+        if axes is not None and sorted(axes) != list(range(len(shape))):
+            raise ValueError(f"the axes of {path!r}, {axes}, are not an order of those of {shape}; train it again")
+        changes[path] = LowRank(a, b, shape, axes)
     return changes | leaves
 
 
-def methods_of(spec: Mapping[str, Any], where: Any = "this run") -> list[Any]:
+def methods_of(spec: Mapping[str, Any]) -> list[Any]:
     """The methods that a run's metadata describes, as they were given to ``adapt``.
 
     Raises:
-      ValueError: naming ``where``, for a method or a setting that is not known here.
+      ValueError: for a method or a setting that is not known here.
     """
-    return [_made(given, _METHODS, "method", where) for given in spec["methods"]]
+    return [_made(given, _METHODS, "method") for given in spec["methods"]]
 
 
-def generator_of(spec: Mapping[str, Any], where: Any = "this run") -> Any:
+def generator_of(spec: Mapping[str, Any]) -> Any:
     """The generator that a run's metadata describes, as it was given to ``generate``; ``None`` if there is none.
 
     Raises:
       ValueError: as :func:`methods_of`.
     """
-    return _made(spec["generator"], _GENERATORS, "generator", where) if "generator" in spec else None
+    return _made(spec["generator"], _GENERATORS, "generator") if "generator" in spec else None
 
 
-def _made(given: Mapping[str, Any], known: Mapping[str, Any], what: str, where: Any) -> Any:
-    fields = dict(given)
+def _made(given: Mapping[str, Any], known: Mapping[str, Any], what: str) -> Any:
+    fields = dict(given) if isinstance(given, Mapping) else {}
     name = fields.pop("type", None)
-    if name not in known:
-        raise ValueError(f"{where}: the {what} {name!r} is not one of {', '.join(known)}; update pefusion_jax")
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"the {what} {name!r} is not one of {', '.join(known)}; update pefusion_jax")
     try:
         return known[name](**fields)
     except TypeError as error:
-        raise ValueError(f"{where}: {name} does not take these settings: {error}; update pefusion_jax") from error
+        raise ValueError(f"{name} does not take these settings: {error}; update pefusion_jax") from error

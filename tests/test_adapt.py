@@ -182,7 +182,40 @@ def test_errors_say_what_to_do():
         pf.adapt(Net(), pf.LoRA(targets="first")).init(jax.random.key(0), X, X)
     with pytest.raises(ValueError, match="rank must be a positive integer"):
         pf.LoRA(targets="x", rank=0)
+    with pytest.raises(ValueError, match=r"targets=\['first'\] must be one string; join several with |"):
+        pf.adapt(Net(), pf.LoRA(targets=["first"]))
     variables = Net().init(jax.random.key(0), X)
     adapted = pf.adapt(Net(), pf.LoRA(targets="first"))
     with pytest.raises(ValueError, match="'first', for which the adapters hold no leaves"):
         adapted.apply(variables, {}, X)
+
+
+def test_leaves_that_nothing_uses_and_half_pairs_are_refused():
+    variables = Net().init(jax.random.key(0), X)
+    both, one = (pf.adapt(Net(), pf.LoRA(rank=2, targets=targets)) for targets in ("first|second", "first"))
+    adapters = both.init(jax.random.key(0), variables, X)
+    misspelt = {**adapters, "first": {**adapters["first"], "lora_C": jnp.ones(3)}}
+    for adapted, tree, leaf in ((one, adapters, "second/lora_a"), (both, misspelt, "first/lora_C")):
+        for use in (lambda a, t: a.apply(variables, t, X), lambda a, t: a.deltas(variables, t)):
+            with pytest.raises(ValueError, match=f"have a leaf '{leaf}' that is of no method here: LoRA.targets='first"):
+                use(adapted, tree)
+    half = {**adapters, "first": {"lora_a": adapters["first"]["lora_a"]}}
+    for use in (
+        lambda t: both.apply(variables, t, X),
+        lambda t: both.deltas(variables, t),
+        lambda t: both.trainable(t),
+        lambda t: pf.linearize(both, t),
+    ):
+        with pytest.raises(ValueError, match="lack the leaf 'first/lora_b', which LoRA needs beside 'lora_a'"):
+            use(half)
+
+
+def test_integer_parameters_are_not_fine_tuned():
+    class Quantised(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("w", lambda key: jnp.ones((6, 4), jnp.int8)).astype(x.dtype)
+
+    params = Quantised().init(jax.random.key(0), X)["params"]
+    with pytest.raises(ValueError, match=r"targets='\.\*' matches 'w', which is int8; narrow it"):
+        pf.adapt(Quantised(), pf.FullFineTuning(targets=".*")).init(jax.random.key(0), params, X)

@@ -70,9 +70,9 @@ def test_a_run_is_merged_exported_and_comes_back(name, made, tmp_path, capsys):
     assert run_cli(capsys, "verify", tmp_path / "merged")[0] == 0
 
     assert run_cli(capsys, "convert", made / name, "--to", "peft", "--out", tmp_path / "peft")[0] == 0
-    assert (tmp_path / "peft" / "adapter_config.json").is_file()
+    assert (tmp_path / "peft" / "adapter_config.json").is_file() and run_cli(capsys, "verify", tmp_path / "peft")[0] == 0
     assert run_cli(capsys, "convert", tmp_path / "peft", "--to", "run", "--out", tmp_path / "back")[0] == 0
-    assert np.abs(of_run(tmp_path / "back") - want).max() <= bound
+    assert np.abs(of_run(tmp_path / "back") - want).max() <= bound and run_cli(capsys, "verify", tmp_path / "back")[0] == 0
     assert run_cli(capsys, "convert", tmp_path / "peft", "--base", TINY, "--out", tmp_path / "merged2")[0] == 0
     assert np.abs(logits(tmp_path / "merged2") - want).max() <= bound
 
@@ -104,13 +104,77 @@ def test_models_are_cast_and_cut(tmp_path, capsys):
     assert np.abs(logits(tmp_path / "m") - want).max() < 0.05 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("to", ["huggingface", "peft"])
-def test_dry_runs_say_what_would_be_written_and_write_nothing(to, made, tmp_path, capsys):
-    status, out, _ = run_cli(capsys, "convert", made / "lora", "--to", to, "--out", tmp_path / "out", "--dry-run", "--json")
+@pytest.fixture(scope="module")
+def exported(made, tmp_path_factory):
+    """The plain LoRA as a PEFT folder, for a copy of BERT-tiny on disk in bfloat16."""
+    root = tmp_path_factory.mktemp("exported")
+    checkpoints.convert(made / "lora", root / "peft", to="peft")
+    checkpoints.convert(TINY, root / "base", dtype="bfloat16")
+    return root
+
+
+@pytest.mark.parametrize("to", ["huggingface", "peft", "run"])
+def test_dry_runs_say_what_would_be_written_and_write_nothing(to, made, exported, tmp_path, capsys):
+    source = exported / "peft" if to == "run" else made / "lora"
+    status, out, _ = run_cli(capsys, "convert", source, "--to", to, "--out", tmp_path / "out", "--dry-run", "--json")
     planned = json.loads(out)
-    assert status == 0 and planned["dry_run"] and not any(tmp_path.iterdir())
-    assert run_cli(capsys, "convert", made / "lora", "--to", to, "--out", tmp_path / "out")[0] == 0
+    assert status == 0 and planned["dry_run"] and planned["base"] == TINY and not any(tmp_path.iterdir())
+    assert run_cli(capsys, "convert", source, "--to", to, "--out", tmp_path / "out")[0] == 0
     assert set(planned["files"]) == {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_dry_runs_fail_where_runs_would(exported, tmp_path):
+    model, params = pf.load_pretrained(TINY)
+    broken = shutil.copytree(exported / "peft", tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"damaged" * 9)
+    method = pf.FullFineTuning(targets=r".*/query/kernel")
+    tree = pf.adapt(model, method).init(jax.random.key(0), params, IDS)
+    runs.save_run(tmp_path / "full", tree, model=TINY, params=params, methods=method)
+    bias = params["cls"]["predictions"]["bias"]
+    params["cls"]["predictions"]["bias"] = bias + 1e6
+    pf.save_pretrained(tmp_path / "large", model, params)
+    before = sorted(tmp_path.rglob("*"))
+    for given, options, error in (
+        (broken, {"to": "run"}, "adapter_model.safetensors"),
+        (exported / "peft", {"to": "run", "base": "no/such/model"}, "no folder 'no/such/model'"),
+        (tmp_path / "full", {"to": "peft"}, "there is no LoRA to be written"),
+        (tmp_path / "large", {"dtype": "float16"}, "cls.predictions.* is not finite in float16"),
+    ):
+        for dry_run in (True, False):
+            with pytest.raises((ValueError, FileNotFoundError), match=error):
+                checkpoints.convert(given, tmp_path / "out", dry_run=dry_run, **options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_merged_has_the_precision_of_its_base(exported, tmp_path):
+    base, adapter = exported / "base", exported / "peft"
+    checkpoints.convert(adapter, tmp_path / "merged", base=str(base))
+    model, params = pf.load_pretrained(base)
+    adapted, tree = pf.load_peft(adapter, model, params)
+    runs.save_run(
+        tmp_path / "run", tree, model=str(base), params=pf.load_pretrained(base, dtype="bfloat16")[1],
+        methods=adapted.origin.methods,
+    )  # fmt: skip
+    checkpoints.convert(tmp_path / "run", tmp_path / "of_run")  # its base is loaded in bfloat16, as it was in training
+    want = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), pf.fold(params, adapted.deltas(params, tree)))
+    for name in ("merged", "of_run"):
+        assert set(checkpoints.inspect(tmp_path / name)["dtypes"]) == {"bfloat16"}
+        jax.tree.map(np.testing.assert_array_equal, pf.load_pretrained(tmp_path / name, dtype="auto")[1], want)
+    checkpoints.convert(adapter, tmp_path / "wide", base=str(base), dtype="float32")
+    assert set(checkpoints.inspect(tmp_path / "wide")["dtypes"]) == {"float32"}
+
+
+@pytest.mark.parametrize("to", ["huggingface", "peft", "run"])
+def test_the_base_is_never_replaced(to, exported, tmp_path):
+    base = shutil.copytree(exported / "base", tmp_path / "base")
+    model, params = pf.load_pretrained(base)
+    adapted, tree = pf.load_peft(exported / "peft", model, params)
+    runs.save_run(tmp_path / "run", tree, model=str(base), params=params, methods=adapted.origin.methods)
+    given, named = (exported / "peft", str(base)) if to == "run" else (tmp_path / "run", None)
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match="base, which is read here and would be replaced"):
+            checkpoints.convert(given, base, to=to, base=named, overwrite=True, dry_run=dry_run)
+    assert manifest.verify(base).ok
 
 
 def test_what_cannot_be_converted(made, tmp_path, capsys):
@@ -122,6 +186,10 @@ def test_what_cannot_be_converted(made, tmp_path, capsys):
         ((TINY, "--to", "peft"), "whole model"),
         ((made / "lora", "--to", "run"), "is a run already"),
         ((made / "lora", "--to", "peft", "--dtype", "bfloat16"), "adapters keep their own precision"),
+        ((made / "lora", "--base", TINY), "is for a PEFT adapter"),
+        ((TINY, "--base", TINY), "is for a PEFT adapter"),
+        ((made / "network", "--as-layer"), "convert --to peft, not huggingface"),
+        ((made / "lora", "--target", "transformers<5"), "convert --to peft, not huggingface"),
         ((tmp_path / "one.safetensors",), "single file"),
         ((tmp_path / "empty",), "it has: nothing"),
         (("no/such/model/here",), "not a Hub id"),

@@ -157,9 +157,46 @@ def test_runs_that_would_be_lost_or_count_once_are_refused(out, tmp_path, capsys
     assert "would be replaced" in capsys.readouterr().err and (out / "plain_spam" / "config.json").is_file()
     assert main(["fuse", pair[0], pair[0], "--out", str(tmp_path / "fused")]) == 1
     assert "named twice" in capsys.readouterr().err
+    run, base = pf.load_run(pair[0]), tmp_path / "base"
+    pf.save_pretrained(base, run.model, run.params)
+    for name in ("one", "two"):
+        methods = run.adapted.origin.methods
+        pf.save_run(tmp_path / name, run.tree, model=str(base), params=run.params, methods=methods, adapters0=run.adapters0)
+    assert main(["fuse", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(base), "--overwrite"]) == 1
+    assert "base, which is read here and would be replaced" in capsys.readouterr().err and (base / "config.json").is_file()
 
 
 def test_runs_that_do_not_belong_together_are_refused(out, tmp_path, capsys):
     pair = [str(out / "plain_spam"), str(out / "network_intents")]
     assert main(["fuse", *pair, "--out", str(tmp_path / "fused")]) == 1
     assert "differ in mode" in capsys.readouterr().err
+
+
+def test_finetune_does_not_replace_what_it_reads_or_keeps(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text('{"text": "a", "label": 0}\n')
+    for given in (
+        ["--task", str(data), "--out", str(data)],
+        ["--task", "spam", "--model", str(data), "--out", str(tmp_path)],
+        ["--task", "spam", "--out", str(tmp_path / "out"), "--checkpoint-dir", str(tmp_path / "out" / "state")],
+    ):
+        assert main(["finetune", *given, "--overwrite"]) == 1
+        assert "which is read here and would be replaced" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "train.jsonl"]
+
+
+def test_finetune_wants_the_split_that_it_scores_before_it_trains(tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    rows = [json.dumps({"text": f"text {i}", "label": i % 2}) for i in range(8)]
+    (data / "train.jsonl").write_text("\n".join(rows))
+    given = ["finetune", "--task", str(data), "--out", str(out), *TINY, *QUICK]
+    for hidden in (False, True):
+        if hidden:
+            (data / "test.jsonl").write_text('{"text": "x", "label": -1}')
+        assert main([*given, "--checkpoint-dir", str(tmp_path / "state")]) == 1
+        assert ("hidden test label" if hidden else "has no test examples") in capsys.readouterr().err
+        assert not out.exists() and not (tmp_path / "state").exists()
+    assert main([*given, "--split", "train"]) == 0
+    assert json.loads((out / "config.json").read_text())["settings"]["split"] == "train"

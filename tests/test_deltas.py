@@ -77,3 +77,22 @@ def test_deltas_are_pytrees():
     doubled = jax.jit(lambda d: d * 2.0)(delta)
     np.testing.assert_allclose(doubled.dense().leaves["x/kernel"], 2 * delta.leaves["x/kernel"].dense(), atol=1e-5)
     assert len(trees.paths(delta)) == 3
+
+
+def test_pairs_in_half_precision_are_multiplied_in_float32():
+    pair = LowRank(normal(1, 64, 8).astype(jnp.bfloat16), normal(2, 8, 64).astype(jnp.bfloat16), (64, 64))
+    expected = np.asarray(pair.a, np.float64) @ np.asarray(pair.b, np.float64)
+    folded = deltas.fold({"w": jnp.zeros((64, 64))}, Delta({"w": pair}))["w"]
+    np.testing.assert_allclose(folded, expected, atol=1e-5)
+
+
+def test_changes_that_a_parameter_cannot_hold_are_refused():
+    change = Delta({"x": jnp.full(3, 1e5)})
+    with pytest.raises(ValueError, match="'x' is int8, which would lose its change"):
+        deltas.fold({"x": jnp.zeros(3, jnp.int8)}, change)
+    with pytest.raises(ValueError, match="the change: 'x' holds 3 NaN"):
+        deltas.fold({"x": jnp.zeros(3)}, change * jnp.nan)
+    with pytest.raises(ValueError, match="'x' is float16, for which its change is too large; cast it to float32"):
+        deltas.fold({"x": jnp.zeros(3, jnp.float16)}, change)
+    masked = deltas.fold({"x": jnp.asarray([0.0, 0.0, -jnp.inf])}, change)  # as the base has it
+    np.testing.assert_array_equal(masked["x"], [1e5, 1e5, -np.inf])

@@ -24,6 +24,44 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["other"]
 
 
+def test_what_others_wrote_in_the_meantime_stays(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(FileExistsError, match="is not empty"), files.new_folder(out) as folder:
+        (folder / "mine").write_text("x")
+        out.mkdir()
+        (out / "theirs").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_first_or_kept(tmp_path, monkeypatch):
+    out, real, rename = tmp_path / "out", tmp_path / "real", os.rename
+    out.mkdir()
+    (out / "precious").write_text("x")
+    for refused in ("new", "old"):  # the renaming of the new folder, or of both
+
+        def busy(source, target, refused=refused):
+            if str(source).endswith(".partial") or (refused == "old" and source == out):
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(source))
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", busy)
+        with pytest.raises(OSError, match="could not be replaced.*is complete in ") as caught:
+            with files.new_folder(out, overwrite=True) as folder:
+                (folder / "new").write_text("y")
+        assert (folder / "new").exists() and str(folder) in str(caught.value) and (out / "precious").exists()
+    monkeypatch.setattr(os, "rename", rename)
+
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    with files.new_folder(tmp_path / "link") as folder:
+        (folder / "new").write_text("y")
+    assert (real / "new").exists() and (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(real)
+    for path, message in ((".", "the working directory"), (tmp_path, "the working directory"), ("/proc", "a mount point")):
+        with pytest.raises(FileExistsError, match=message), files.new_folder(path, overwrite=True):
+            raise AssertionError("begun")
+
+
 def test_a_file_is_replaced_whole_and_gets_ordinary_permissions(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")

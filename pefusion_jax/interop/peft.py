@@ -31,7 +31,7 @@ from pefusion_jax.interop import peft_config
 from pefusion_jax.interop.peft_config import Selection
 from pefusion_jax.interop.peft_names import Column, Parameters, columns_of
 from pefusion_jax.interop.peft_prompt import KIND, read_prompt
-from pefusion_jax.interop.peft_tensors import LEAVES, LINEARIZED_LEAVES, PREFIX, Reader, grouped
+from pefusion_jax.interop.peft_tensors import LEAVES, LINEARIZED_LEAVES, PREFIX, Reader, grouped, unwrapped
 from pefusion_jax.interop.peft_tree import assembled
 from pefusion_jax.interop.safetensors import check_finite, load_safetensors
 from pefusion_jax.interop.saving import family_of_model
@@ -175,7 +175,7 @@ def _read(
     for name in matched:
         reader.pair(name, leaves[name])
     heads = {}
-    for name, array in plain.items():
+    for name, array in (unwrapped(plain) if config["bias"] == "all" else plain).items():
         where = reader.plain(name, array)
         if where == "head":
             heads[name] = array

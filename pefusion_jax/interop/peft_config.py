@@ -243,6 +243,7 @@ class Selection:
             targets = next((list(defaults[kind]) for kind in model_types if kind in defaults), None)
             if targets is None:
                 raise ValueError(f"target_modules is null and {', '.join(model_types)} has no default; name the modules")
+        self._listed = set(targets) if isinstance(targets, list) else set()
         self._target = self._matcher([] if self.all_linear else targets, "target_modules")
         self._patterns = {
             name: [(Pattern(key, name, self._budget), value) for key, value in (config[name] or {}).items()]
@@ -295,9 +296,12 @@ class Selection:
         return any(".".join(parts[: i + 1]).endswith(saved) for i in range(len(parts)) for saved in self._saved)
 
     def _layer(self, name: str) -> bool:
-        """Whether ``layers_to_transform`` keeps the module: the first number behind the name of a stack of layers."""
+        """Whether ``layers_to_transform`` keeps the module: the first number behind the name of a stack of layers.
+
+        A module whose full name is listed is kept whatever its layer.
+        """
         wanted, stacks = self._config["layers_to_transform"], self._config["layers_pattern"]
-        if wanted is None or wanted == []:
+        if wanted is None or wanted == [] or name in self._listed:
             return True
         stacks = [stacks] if isinstance(stacks, str) else stacks
         numbers = [(m.start(), int(m[1])) for m in re.finditer(r"\.(\d{1,9})(?=\.)", name)]

@@ -16,7 +16,7 @@ import numpy as np
 from pefusion_jax import files, trees
 from pefusion_jax.adapt import Adapted, Origin
 from pefusion_jax.deltas import Delta, LowRank, dense, fold, weighted_sum
-from pefusion_jax.interop import peft_config
+from pefusion_jax.interop import manifest, peft_config
 from pefusion_jax.interop.card import model_card
 from pefusion_jax.interop.peft import PREFIX, WEIGHTS
 from pefusion_jax.interop.peft_names import Module, Parameters, column, default_prefix, modules_of
@@ -62,7 +62,7 @@ def save_peft(
     dtype: Any = jnp.float32,
     overwrite: bool = False,
 ) -> PeftExport:
-    """Writes adapters as a folder that ``PeftModel.from_pretrained`` loads, all of it or nothing.
+    """Writes adapters as a folder that ``PeftModel.from_pretrained`` loads, with a manifest, all of it or nothing.
 
     LoRA is written exactly, with biases and other parameters that :class:`FullFineTuning` moved as ``bias`` or
     ``modules_to_save``. A model linearized in ``layer`` mode is an ordinary LoRA, of rank r where it was expanded at B = 0 and
@@ -91,9 +91,11 @@ def save_peft(
       overwrite: replace a folder that is not empty.
 
     Raises:
-      ValueError: if there is no such PEFT adapter, naming the remedy, or a leaf is not finite.
+      ValueError: if there is no such PEFT adapter, naming the remedy, a leaf is not finite, or ``base`` lies in the folder.
       FileExistsError: if the folder is not empty.
     """
+    if (local := Path(base).expanduser()).is_dir():
+        files.require_apart(folder, local)
     origin = adapted.origin
     if origin is None:
         raise ValueError(f"this model does not know its methods, so that no PEFT adapter describes it; {MERGED}")
@@ -121,19 +123,23 @@ def save_peft(
         {"task_type": task_type, "revision": revision, "base_model_name_or_path": os.fspath(base)} | content.fields,
     )
     difference = _difference(adapted, params, tree, inputs) if as_layer and inputs is not None else None
+    settings = (
+        {name: written[name] for name in _SHOWN if name in written}
+        | ({} if origin.mode is None else {"linearization": origin.mode})
+        | ({} if difference is None else {"largest difference of outputs from the linearized model": difference})
+    )
     card = model_card(
         "LoRA adapter" if content.kind == "LORA" else "Prompt",
         base_model=os.fspath(base),
         relation="adapter",
         library="peft",
-        settings={name: written[name] for name in _SHOWN if name in written}
-        | ({} if origin.mode is None else {"linearization": origin.mode})
-        | ({} if difference is None else {"largest difference of outputs from the linearized model": difference}),
+        settings=settings,
     )
     with files.new_folder(folder, overwrite) as made:
         files.write_json(Path(made) / peft_config.CONFIG, written)
         save_safetensors(Path(made) / WEIGHTS, stored)
         files.write_atomically(Path(made) / "README.md", card.encode())
+        manifest.write_manifest(made, settings={"base": os.fspath(base), **settings})
     return PeftExport(written, content.modules, difference)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from pefusion_jax.interop.peft_names import Column, Module, Parameters
 from pefusion_jax.interop.peft_tree import Pair, displacement
 
 PREFIX = "base_model.model."
+_WRAPPER = re.compile(r"\.modules_to_save(\.default)?\.")
 
 # Names of tensors behind the name of their module -> what they are to us.
 LEAVES = {
@@ -64,6 +66,23 @@ def grouped(
                 f"the tensors of {name} ({', '.join(sorted(found))}) lack LoRA's factor {lacking}: the file is incomplete"
             )
     return leaves, plain, strange
+
+
+def unwrapped(plain: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Whole parameters by name, each once.
+
+    With ``bias="all"`` peft stores, of a module in ``modules_to_save``, every tensor with "bias" in its name three times: the
+    original, which is the base model's and has no effect, and the trained one with and without the wrapper's name.
+    """
+    out: dict[str, np.ndarray] = {}
+    for key, array in plain.items():
+        if ".original_module." in key:
+            continue
+        name = _WRAPPER.sub(".", key)
+        if name in out and not np.array_equal(out[name], array):
+            raise ValueError(f"{name} stands twice in the file, with different values: save the adapter again with peft")
+        out[name] = array
+    return out
 
 
 class Reader:

@@ -23,6 +23,7 @@ from pefusion_jax.interop.headers import WeightFileError, decode_json
 from pefusion_jax.interop.weights import Place, Weights, contained, open_weights, place_parameters, placing
 
 MAX_CONFIG_BYTES = 2**20
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json")
 
 
 class Checkpoint(NamedTuple):
@@ -74,10 +75,15 @@ def open_checkpoint(name_or_path: str | os.PathLike[str], *, revision: str | Non
 
 
 class _ByCanonicalName(Mapping[str, np.ndarray]):
-    """The tensors of a file under canonical names, read when a configuration depends on a value."""
+    """The tensors of a file under canonical names, read when a configuration depends on a value.
+
+    Attributes:
+      infos: ``{canonical name: TensorInfo}``, for what depends on a shape alone.
+    """
 
     def __init__(self, weights: Weights, origin: Mapping[str, str]):
         self._weights, self._origin = weights, origin
+        self.infos = {name: weights.infos[file] for name, file in origin.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._weights[self._origin[name]]
@@ -87,6 +93,9 @@ class _ByCanonicalName(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._origin)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._origin  # see Weights
 
 
 def load_pretrained(
@@ -150,9 +159,14 @@ def load_pretrained(
         raise ValueError(f"{found.folder}: {error}") from error
 
 
+def stored_dtypes(found: Checkpoint) -> set[np.dtype]:
+    """The dtypes in which the files hold the parameters."""
+    return {found.weights.infos[found.origin[name]].dtype for name in found.report.matched}
+
+
 def _dtype(dtype: Any, found: Checkpoint) -> jnp.dtype:
     if isinstance(dtype, str) and dtype == "auto":
-        stored = {found.weights.infos[found.origin[name]].dtype for name in found.report.matched}
+        stored = stored_dtypes(found)
         if len(stored) != 1:
             names = ", ".join(sorted(str(kind) for kind in stored))
             raise ValueError(f"{found.folder}: dtype='auto', but the file holds {names or 'no weights'}; name one")
@@ -214,8 +228,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], *, revision: str | None
       FileNotFoundError: if the folder or its tokenizer files are not there.
       ImportError: if transformers is not installed.
     """
-    folder = hub.locate(name_or_path, revision).path
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+    folder = hub.locate(name_or_path, revision, needs=_TOKENIZERS).path
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise FileNotFoundError(f"{folder} has no tokenizer (tokenizer.json): copy it beside the weights")
     from transformers import AutoTokenizer
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from pefusion_jax import files, trees
 from pefusion_jax.backbones import FAMILIES, Family, unstack_layers
+from pefusion_jax.backbones.configs import num_labels
 from pefusion_jax.backbones.family import on_disk
 from pefusion_jax.backbones.names import Pending, pending
 from pefusion_jax.interop import manifest
-from pefusion_jax.interop.hub import CONFIG, INDEX, WEIGHTS
+from pefusion_jax.interop.hub import CONFIG, INDEX, WEIGHTS, locate
 from pefusion_jax.interop.pretrained import read_config
 from pefusion_jax.interop.safetensors import write_safetensors
 from pefusion_jax.interop.weights import contained, write_index
@@ -78,7 +79,7 @@ def save_pretrained(
       params: its parameters, in the loop or the scan layout, for example ``pf.fold(params, delta)``.
       dtype: of the file, such as ``"bfloat16"``; that of the parameters if not given.
       max_shard_bytes: where one file would become larger, shards and an index are written.
-      like: a model's folder from which tokenizer and processor files are copied, and the names of classes.
+      like: a model's folder or Hub id from which tokenizer and processor files are copied, and what its classes are.
       card: text of a README.md, see ``card.model_card``.
       inputs: what the model was made from, for the manifest: ``{name: manifest.describe_input(source, folder)}``.
       settings: resolved configuration, for the manifest.
@@ -87,8 +88,38 @@ def save_pretrained(
     Raises:
       ValueError: if the parameters are not the model's, or not finite (also: not in ``dtype``).
       FileExistsError: if the folder is not empty.
+      FileNotFoundError: if ``like`` is not there.
     """
-    raw, rows, kinds = _planned(model, params, dtype)
+    source = None if like is None else locate(like).path
+    raw, kinds, make = _planned(model, params, dtype)
+    if source is not None:
+        raw |= _class_names(source, raw.get("num_labels"))
+    with files.new_folder(folder, overwrite) as made:
+        _write_weights(made, kinds, make, max_shard_bytes)
+        files.write_atomically(made / CONFIG, (json.dumps(raw, indent=2, sort_keys=True) + "\n").encode())
+        if source is not None:
+            copy_companions(source, made)
+        if card is not None:
+            files.write_atomically(made / "README.md", card.encode())
+        manifest.write_manifest(made, inputs=inputs, settings=settings)
+
+
+def _planned(
+    model: nn.Module, params: Mapping[str, Any], dtype: Any
+) -> tuple[dict[str, Any], dict[str, tuple[np.dtype, tuple[int, ...]]], Callable[[str], np.ndarray]]:
+    """The dictionary of config.json, the kinds of the tensors by their names in the file, and what makes and checks one."""
+    family = family_of_model(model)
+    table = family.table(model.config)
+    names = on_disk(family, table, model.config)
+    rows: dict[str, Pending] = {
+        names[name]: row for name, row in pending(unstack_layers(params), table, f"this {family.name} model").items()
+    }
+    kinds = {name: (np.dtype(dtype) if dtype is not None else row.dtype, row.shape) for name, row in rows.items()}
+    for name, (kind, _) in kinds.items():
+        if not jnp.issubdtype(kind, jnp.floating):
+            raise ValueError(f"{name} would be written as {kind}; name a floating dtype")
+    stored = {kind for kind, _ in kinds.values()}
+    raw = {**family.write_config(model.config), "dtype": stored.pop().name if len(stored) == 1 else "float32"}
     trees.require_finite(params, "parameters to be saved")
 
     def make(name: str) -> np.ndarray:
@@ -98,51 +129,31 @@ def save_pretrained(
             raise ValueError(f"{name} is not finite in {kinds[name][0]}; write it as bfloat16 or float32")
         return array
 
-    if like is not None:
-        raw |= _class_names(Path(like), raw.get("num_labels"))
-    with files.new_folder(folder, overwrite) as made:
-        _write_weights(made, kinds, make, max_shard_bytes)
-        files.write_atomically(made / CONFIG, (json.dumps(raw, indent=2, sort_keys=True) + "\n").encode())
-        if like is not None:
-            copy_companions(Path(like), made)
-        if card is not None:
-            files.write_atomically(made / "README.md", card.encode())
-        manifest.write_manifest(made, inputs=inputs, settings=settings)
-
-
-def _planned(
-    model: nn.Module, params: Mapping[str, Any], dtype: Any
-) -> tuple[dict[str, Any], dict[str, Pending], dict[str, tuple[np.dtype, tuple[int, ...]]]]:
-    """The dictionary of config.json, the tensors by their names in the file, and their kinds."""
-    family = family_of_model(model)
-    table = family.table(model.config)
-    names = on_disk(family, table, model.config)
-    rows = {names[name]: row for name, row in pending(unstack_layers(params), table, f"this {family.name} model").items()}
-    kinds = {name: (np.dtype(dtype) if dtype is not None else row.dtype, row.shape) for name, row in rows.items()}
-    for name, (kind, _) in kinds.items():
-        if not jnp.issubdtype(kind, jnp.floating):
-            raise ValueError(f"{name} would be written as {kind}; name a floating dtype")
-    stored = {kind for kind, _ in kinds.values()}
-    raw = {**family.write_config(model.config), "dtype": stored.pop().name if len(stored) == 1 else "float32"}
-    return raw, rows, kinds
+    return raw, kinds, make
 
 
 def planned_files(
-    model: nn.Module, params: Mapping[str, Any], *, dtype: Any = None, max_shard_bytes: int, like: str | os.PathLike[str]
+    model: nn.Module, params: Mapping[str, Any], *, dtype: Any = None, max_shard_bytes: int, like: Path
 ) -> tuple[str, ...]:
-    """The names of the files that :func:`save_pretrained` with a card would write."""
-    shards = list(plan_shards(_planned(model, params, dtype)[2], max_shard_bytes))
+    """The names of the files that :func:`save_pretrained` with a card would write, after all of its checks."""
+    _, kinds, make = _planned(model, params, dtype)
+    for name in kinds:
+        make(name)
+    shards = list(plan_shards(kinds, max_shard_bytes))
     index = [INDEX] if len(shards) > 1 else []
-    return tuple(sorted([*shards, *index, CONFIG, "README.md", manifest.NAME, *companions(Path(like))]))
+    return tuple(sorted([*shards, *index, CONFIG, "README.md", manifest.NAME, *companions(like)]))
 
 
 def _class_names(source: Path, count: Any) -> dict[str, Any]:
-    """``id2label`` and ``label2id`` of a folder's ``config.json``, if they are for so many classes."""
+    """``id2label``, ``label2id`` and ``problem_type`` of a folder's ``config.json``, if they are for so many classes."""
     if count is None or not (source / CONFIG).is_file():
         return {}
     raw = read_config(source)
     found = {key: raw[key] for key in ("id2label", "label2id") if isinstance(raw.get(key), dict) and len(raw[key]) == count}
-    return found if "id2label" in found else {}
+    found = found if "id2label" in found else {}
+    if isinstance(raw.get("problem_type"), str) and num_labels(raw) == count:
+        found["problem_type"] = raw["problem_type"]
+    return found
 
 
 def companions(source: Path) -> list[str]:

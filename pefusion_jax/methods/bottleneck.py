@@ -95,14 +95,6 @@ class Bottleneck:
     acts_on: ClassVar[str] = "layers"
     taps: ClassVar[bool] = True
     folds: ClassVar[bool] = False
-    names: ClassVar[tuple[str, ...]] = (
-        "adapter_down",
-        "adapter_down_bias",
-        "adapter_up",
-        "adapter_up_bias",
-        "adapter_norm_scale",
-        "adapter_norm_bias",
-    )
 
     def __post_init__(self) -> None:
         if self.bottleneck < 1 or self.bottleneck != int(self.bottleneck):
@@ -116,6 +108,12 @@ class Bottleneck:
     def owns(self, leaf: str) -> str:
         """Nothing: the leaves are of a layer, not of a parameter."""
         return ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the leaves at each site."""
+        dense = ("adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias")
+        return (*dense, "adapter_norm_scale", "adapter_norm_bias") if self.norm else dense
 
     @property
     def stochastic(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from pefusion_jax.rules import Leaves
 
@@ -40,8 +41,14 @@ class FullFineTuning:
         return leaf.removesuffix(_SUFFIX) if leaf.endswith(_SUFFIX) else ""
 
     def leaves(self, site: tuple[str, jax.Array]) -> dict[str, tuple[Callable[..., jax.Array], tuple[int, ...]]]:
-        """One leaf of the parameter's shape, named after it."""
+        """One leaf of the parameter's shape, named after it.
+
+        Raises:
+          ValueError: for a parameter that is not floating: it cannot move by fractions.
+        """
         path, weight = site
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            raise ValueError(f"targets={self.targets!r} matches {path!r}, which is {weight.dtype}; narrow it to floating ones")
         return {path.rpartition("/")[2] + _SUFFIX: (jax.nn.initializers.zeros, weight.shape)}
 
     def branch(self, layer: Any, leaves: Leaves, x: Any, y: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -35,7 +35,8 @@ class LoRA:
       rank_stabilized: divide by :math:`\sqrt r` in place of :math:`r`.
       dropout: probability with which an input element of the branch is dropped in training; none on embedding look-ups.
       freeze_a: keep A at its random start and train B alone.
-      rank_pattern: regular expression -> rank, for paths that deviate; the first full match wins.
+      rank_pattern: regular expression -> rank, for paths that deviate; the first full match wins. One that matches no layer of
+        the targets is an error of ``init``.
       alpha_pattern: the same for alpha.
 
     Example::
@@ -63,12 +64,20 @@ class LoRA:
         for rank in (self.rank, *self.rank_pattern.values()):
             if rank < 1 or rank != int(rank):
                 raise ValueError(f"rank must be a positive integer, got {rank}")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if alpha is not None and not math.isfinite(alpha):
+                raise ValueError(f"alpha must be a finite number, got {alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
     def owns(self, leaf: str) -> str:
         """Nothing: the leaves are of a layer, not of a parameter."""
         return ""
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The regular expressions of the layers that deviate."""
+        return (*self.rank_pattern, *self.alpha_pattern)
 
     @property
     def stochastic(self) -> bool:

@@ -209,12 +209,15 @@ def linear_head(
       ValueError: if shapes do not fit, values are not finite, or a label is not a class.
     """
     x, y = np.asarray(inputs, np.float32), np.asarray(labels)
-    if x.ndim != 2 or y.shape != x.shape[:1] or not len(y) or not np.isfinite(x).all():
+    if x.ndim != 2 or y.shape != x.shape[:1] or not len(y) or not np.isfinite(x).all() or not np.isfinite(y).all():
         raise ValueError(f"features {x.shape} and labels {y.shape} must be finite [n, d] and [n] with n > 0")
     if l2 <= 0:
         raise ValueError(f"l2={l2} must be positive: without a penalty the solution is not unique")
-    if num_classes and (num_classes < 2 or y.min() < 0 or y.max() >= num_classes):
-        raise ValueError(f"labels from {y.min()} to {y.max()} do not fit num_classes={num_classes}; 0 means regression")
+    if num_classes and (num_classes < 2 or not np.isin(y, np.arange(num_classes)).all()):
+        raise ValueError(
+            f"labels from {y.min()} to {y.max()} do not fit num_classes={num_classes}, whose labels are whole numbers from 0; "
+            "0 means regression"
+        )
     mean, spread = x.mean(0), x.std(0)
     spread = np.where(spread > 1e-6, spread, 1.0).astype(np.float32)
     standard = (x - mean) / spread

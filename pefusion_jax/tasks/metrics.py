@@ -248,6 +248,9 @@ def _scores(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     scores = logits[:, 0] if logits.ndim == 2 else logits
     if labels.ndim != 1 or scores.shape != labels.shape or not len(labels):
         raise ValueError(f"logits {logits.shape} and labels {labels.shape} must be [n, width] and [n] with n > 0")
+    for what, values in (("predictions", scores), ("labels", labels)):
+        if bad := int(np.sum(~np.isfinite(values))):
+            raise ValueError(f"{what} of {bad} of {len(labels)} examples are not finite numbers")
     return scores, labels
 
 

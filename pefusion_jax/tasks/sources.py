@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import gzip
 import importlib.resources
 import json
@@ -89,7 +90,7 @@ def jsonl_source(path: PathLike) -> Examples:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}): {line.strip()!r:.80}") from error
             if not isinstance(record, dict):
                 raise ValueError(f'{path}, line {number}: expected an object like {{"text": ..., "label": 0}}: {line!r:.80}')
@@ -213,6 +214,7 @@ def folder_task_source(
     Only ``train`` has to be there. A file ``task.json`` may hold ``name``, ``fields``, ``classes`` and ``descriptions``;
     arguments win over it. Without either, the text is ``text`` or the pair ``sentence1``, ``sentence2``, and the classes are
     the labels of the training split: names in alphabetical order, or numbers from 0; other numbers make it a regression.
+    Where the classes are named by numbers, such as ``("1", "2", "3")``, the labels of CSV files are these names, not places.
 
     Args:
       folder: the folder; its name is the task's.
@@ -222,9 +224,15 @@ def folder_task_source(
 
     Raises:
       FileNotFoundError: if there is no training split.
-      ValueError: if a split exists twice, or fields or classes cannot be told; with the place of a bad row.
+      ValueError: if a split exists twice, ``task.json`` does not hold what it should, or fields or classes cannot be told; with
+        the place of a bad row.
     """
     folder = Path(folder)
+    spec = _spec(folder / "task.json")
+    classes = spec.get("classes") if classes is None else classes
+    readers = dict(_READERS)
+    if any(_is_number(name) and name != str(place) for place, name in enumerate(classes or ())):
+        readers |= {end: functools.partial(read, numeric=()) for end, read in _READERS.items() if read is csv_source}
     splits = {}
     for split in SPLITS:
         found = [folder / (split + ending) for ending in _READERS if (folder / (split + ending)).is_file()]
@@ -233,28 +241,44 @@ def folder_task_source(
         if not found and split == "train":
             there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
             raise FileNotFoundError(f"{folder} has no train{{{','.join(_READERS)}}}; found: {there or 'nothing'}")
-        splits[split] = (
-            _READERS[found[0].name.removeprefix(split)](found[0]) if found else Examples((), str(folder / split), ())
-        )
-    path = folder / "task.json"
-    spec: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            spec = json.loads(path.read_text("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        if not isinstance(spec, dict):
-            raise ValueError(f"{path} must hold an object with name, fields, classes and descriptions")
+        splits[split] = readers[found[0].name.removeprefix(split)](found[0]) if found else Examples((), str(folder / split), ())
     train = splits["train"]
     if not len(train):
         raise ValueError(f"{train.source} holds no examples")
     fields = fields or spec.get("fields") or _fields(train)
     if classes is None:
-        classes = spec["classes"] if "classes" in spec else _classes(train)
+        classes = _classes(train)
     descriptions = descriptions or spec.get("descriptions") or classes
     if len(descriptions) != len(classes):
         raise ValueError(f"{folder}: {len(descriptions)} descriptions for {len(classes)} classes; give one for each")
-    return Labelled(str(spec.get("name", folder.name)), tuple(classes), tuple(descriptions), tuple(fields), **splits)
+    return Labelled(spec.get("name", folder.name), tuple(classes), tuple(descriptions), tuple(fields), **splits)
+
+
+def _spec(path: Path) -> dict[str, Any]:
+    """What a ``task.json`` says, or nothing if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        spec = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(spec, dict):
+        raise ValueError(f"{path} must hold an object with name, fields, classes and descriptions")
+    if not isinstance(spec.get("name", ""), str):
+        raise ValueError(f"{path}: name must be a string, not {spec['name']!r:.80}")
+    for name in ("fields", "classes", "descriptions"):
+        value = spec.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value) or len(set(value)) != len(value):
+            raise ValueError(f"{path}: {name} must be a list of different strings, not {value!r:.80}")
+    return spec
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _fields(train: Examples) -> tuple[str, ...]:

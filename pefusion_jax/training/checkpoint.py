@@ -163,7 +163,8 @@ def save_adapters(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str
       metadata: JSON-compatible values, for instance the method, the base model and the task.
 
     Raises:
-      ValueError: if the tree is empty, a key holds a slash, a leaf is not an array, or one is not finite (naming the path).
+      ValueError: if the tree is empty, a key holds a slash, a leaf is not an array, is not finite or has a dtype that JAX would
+        make narrower (naming the path).
     """
     path = Path(path)
     leaves = trees.flat(tree)
@@ -174,6 +175,7 @@ def save_adapters(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str
     for name, leaf in leaves.items():
         if not hasattr(leaf, "dtype"):
             raise ValueError(f"{path}: {name!r} is a {type(leaf).__name__}, not an array; a file of adapters holds arrays only")
+    _require_kept(path, leaves)
     trees.require_finite(tree, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     strings = {key: json.dumps(value, sort_keys=True) for key, value in (metadata or {}).items()}
@@ -187,6 +189,14 @@ def _plain_keys(tree: Any) -> bool:
     )
 
 
+def _require_kept(path: str | os.PathLike[str], leaves: Mapping[str, Any]) -> None:
+    for name, leaf in leaves.items():
+        if (kept := jax.dtypes.canonicalize_dtype(leaf.dtype)) != leaf.dtype:
+            raise ValueError(
+                f"{path}: {name!r} is {leaf.dtype}, which JAX would make {kept}; cast it to that, or set jax_enable_x64"
+            )
+
+
 def load_adapters(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a file that :func:`save_adapters` wrote.
 
@@ -197,7 +207,7 @@ def load_adapters(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
       ``(tree, metadata)``: nested dictionary of arrays, and the metadata as it was given.
 
     Raises:
-      ValueError: if the file is not valid, or a leaf is not finite.
+      ValueError: if the file is not valid, a leaf is not finite, or its dtype is one that JAX would make narrower.
       OSError: if it cannot be opened.
     """
     leaves = safetensors.load_safetensors(path)
@@ -209,6 +219,12 @@ def load_adapters(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
             metadata[key] = json.loads(text)
         except ValueError:
             metadata[key] = text  # written by another tool
-    tree = trees.nest({name: jnp.asarray(leaf) for name, leaf in leaves.items()})
+        except RecursionError as error:
+            raise ValueError(f"{path}: the metadata {key!r} is nested too deeply to be ours") from error
+    _require_kept(path, leaves)
+    try:
+        tree = trees.nest({name: jnp.asarray(leaf) for name, leaf in leaves.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; it was not written by save_adapters") from error
     trees.require_finite(tree, str(path))
     return tree, metadata

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from pefusion_jax.tasks import Batch, train_batch
+from pefusion_jax.tasks import Batch, eval_batches, train_batch
 from pefusion_jax.tasks.task import inputs_for, task_number
 from pefusion_jax.training.losses import loss_of, smooths
 from pefusion_jax.training.run import Plan, Settings, describe_task, run, score
@@ -109,6 +109,8 @@ def finetune(
     """
     settings = Settings.of(locals())  # first of all: these are the arguments
     task_number(adapted, task)  # now: an unknown task is an error before anything is made
+    if validate_every:
+        next(eval_batches(task, "validation", 1))  # and so is a split that is missing, or whose labels are hidden
     if label_smoothing and not smooths(task):
         raise ValueError(f"label_smoothing={label_smoothing} is for classes, but task {task.name!r} is a regression; pass 0")
     loss = loss_of(task, label_smoothing)
@@ -125,7 +127,7 @@ def finetune(
         head=task.head,
         loss=loss,
         score=lambda params, tree, here: {"validation": score(adapted, params, tree, task, batch_size, here)},
-        belongs={"task": describe_task(task)},
+        belongs=lambda: {"task": describe_task(task)},
         config={"label_smoothing": float(label_smoothing)} if label_smoothing else {},
     )
     return run(adapted, params, settings, plan)

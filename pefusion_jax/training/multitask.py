@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from pefusion_jax.tasks import Batch, Head
+from pefusion_jax.tasks import Batch, Head, eval_batches
 from pefusion_jax.tasks.mixed import listed_tasks, mixed_batch, require_alike
 from pefusion_jax.tasks.task import task_number
 from pefusion_jax.training.losses import TaskLoss, loss_of, smooths, stacked_heads
@@ -98,6 +98,8 @@ def finetune_together(
     of = listed_tasks(tasks)
     names = tuple(task.name for task in of)
     numbers = [task_number(adapted, task) for task in of]
+    for task in of if validate_every else ():
+        next(eval_batches(task, "validation", 1))  # now: a split that is missing, or whose labels are hidden
     if label_smoothing and not any(map(smooths, of)):
         raise ValueError(f"label_smoothing={label_smoothing} is for classes, but all tasks are regressions; pass 0")
     losses = tuple(TaskLoss(loss_of(task, label_smoothing), not task.classes) for task in of)
@@ -130,7 +132,7 @@ def finetune_together(
         head=Head(heads, of[0].head.features, of[0].head.logits),
         loss=losses,
         score=scores,
-        belongs={"tasks": [describe_task(task) for task in of]},
+        belongs=lambda: {"tasks": list(names), **{f"task {task.name!r}": describe_task(task) for task in of}},
         config={
             "groups": groups,
             "temperature": str(float(temperature)),  # infinity is no JSON

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,6 +68,11 @@ class Settings:
         for name in ("validate_every", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 (never) or more")
+        for name in ("learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number, 0 or more")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip={self.clip} must be above 0: the largest norm of the gradient, or None for no limit")
         if self.patience and not self.validate_every:
             raise ValueError(f"patience={self.patience} counts validations, but there are none; pass validate_every= too")
         parallel.held_devices(self.mapping, self.everywhere)
@@ -97,7 +104,7 @@ class Plan(NamedTuple):
       head: whose functions are used, and whose parameters go into the step.
       loss: see :func:`~pefusion_jax.training.losses.weighted_losses`.
       score: ``(params, adapters, devices) -> {name: number}`` on the validation split; ``validation`` decides.
-      belongs: what of it a state belongs to.
+      belongs: ``() -> `` what of it a state belongs to.
       config: settings beside those that all kinds of training share, of which the same is true.
       tasks: names of several tasks, whose losses go into the log one by one.
     """
@@ -108,7 +115,7 @@ class Plan(NamedTuple):
     head: Head
     loss: Any
     score: Callable[[Any, Any, Sequence[jax.Device]], dict[str, float]]
-    belongs: dict[str, Any]
+    belongs: Callable[[], dict[str, Any]]
     config: dict[str, Any]
     tasks: tuple[str, ...] = ()
 
@@ -135,8 +142,9 @@ def run(adapted: Any, params: Any, settings: Settings, plan: Plan) -> dict[str, 
         everywhere,
         None if of.penalty is None else of.penalty[0],
     )
+    first_inputs = functools.cache(plan.init_inputs)
     if adapters is None:
-        adapters = adapted.init(jax.random.key(of.seed), params, **plan.init_inputs())
+        adapters = adapted.init(jax.random.key(of.seed), params, **first_inputs())
     trained, held = trees.split(adapters, adapted.trainable(adapters))
     state = init_state(trained, optimizer, of.seed)
     if of.optimizer is None and not callable(of.schedule):
@@ -155,13 +163,15 @@ def run(adapted: Any, params: Any, settings: Settings, plan: Plan) -> dict[str, 
             "stochastic": of.stochastic,
             "validate_every": of.validate_every,
             **({"patience": of.patience} if of.patience else {}),
+            # A validation at the end of a run that a longer run would not have: such a run may not be lengthened.
+            **({"ends between validations": of.steps} if of.validate_every and of.steps % of.validate_every else {}),
             **({} if of.penalty is None else {"penalty": fingerprint(trees.paths(of.penalty[1]))}),
             **plan.config,
             **_optimizer_config(
                 of.optimizer, state.opt_state, of.schedule, of.learning_rate, of.warmup, of.weight_decay, of.steps
             ),
         }
-        belongs = _belongs(adapted, params, adapters, trained, plan, of.seed, config)
+        belongs = _belongs(adapted, params, adapters, trained, plan, first_inputs(), of.seed, config)
         if of.resume:
             found = checkpoint.restore_latest(of.checkpoint_dir, (parallel.unreplicate(state), best), belongs)
             if found is not None:
@@ -223,8 +233,22 @@ def run(adapted: Any, params: Any, settings: Settings, plan: Plan) -> dict[str, 
 
 
 def describe_task(task: Any) -> dict[str, Any]:
-    """What of a task a state belongs to."""
-    return {"name": task.name, "classes": len(task.classes), "training examples": len(task.train)}
+    """What of a task a state belongs to; a task of one's own may have no ``arrays``."""
+    return {
+        "name": task.name,
+        "classes": len(task.classes),
+        "training examples": len(task.train),
+        **({"training labels": fingerprint({"": task.arrays("train")[1]})} if hasattr(task, "arrays") else {}),
+        "head": fingerprint(trees.paths(task.head.params)),
+        **{name: written(getattr(task.head, name)) for name in ("features", "logits")},
+        **{name: written(getattr(task, name, None)) for name in ("loss", "metric")},
+    }
+
+
+def written(value: Any) -> str:
+    """An object in words that are the same in every process, without its address; of very long ones a digest."""
+    text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(value).split()))
+    return text if len(text) <= 4000 else f"{text[:200]}... {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _hopeless(patience: int, best: Any) -> bool:
@@ -259,7 +283,7 @@ def _optimizer_config(
 
 
 def _belongs(
-    adapted: Any, params: Any, adapters: Any, trained: Any, plan: Plan, seed: int, config: dict[str, Any]
+    adapted: Any, params: Any, adapters: Any, trained: Any, plan: Plan, inputs: Any, seed: int, config: dict[str, Any]
 ) -> dict[str, Any]:
     """What a state belongs to: everything that decides the bits of the run, as far as it can be written down."""
     from importlib import metadata
@@ -269,21 +293,24 @@ def _belongs(
         "adapters": checkpoint.structure(adapters),
         "trained": sorted(trees.paths(trained)),
         "initial adapters": fingerprint(adapters),
-        **_generated(adapted),
-        **plan.belongs,
+        **_made_of(adapted),
+        **plan.belongs(),
+        "first inputs": fingerprint(trees.paths(inputs)),
         "seed": seed,
         "config": config,
         "versions": {"python": sys.version.split()[0], **{p: metadata.version(p) for p in ("jax", "flax", "optax")}},
     }
 
 
-def _generated(adapted: Any) -> dict[str, Any]:
-    """What rows of a generated model's tree stand for: its tasks in order, and the generator's settings."""
-    origin = getattr(adapted, "origin", None)  # a model of one's own may lack it
-    generator = None if origin is None else origin.generator
+def _made_of(adapted: Any) -> dict[str, Any]:
+    """What the trained tree stands for: model, methods, expansion and its point; of a generated one generator and tasks."""
     found: dict[str, Any] = {"numbers of tasks": list(adapted.tasks)} if getattr(adapted, "tasks", ()) else {}
-    if generator is not None:
-        found["generator"] = repr(generator) if dataclasses.is_dataclass(generator) else type(generator).__name__
+    origin = getattr(adapted, "origin", None)  # a model of one's own may lack it
+    if origin is not None:
+        found |= {"model": written(origin.model), "methods": [written(method) for method in origin.methods]}
+        found |= {} if origin.generator is None else {"generator": written(origin.generator)}
+        if origin.mode is not None:
+            found |= {"mode": origin.mode, "point of expansion": fingerprint(trees.paths(origin.adapters0))}
     return found
 
 

@@ -104,7 +104,7 @@ METHODS = [
             rank=2,
             rank_stabilized=True,
             targets=t or LAYERS,
-            rank_pattern={r".*query": 3},
+            rank_pattern={r".*(query|up)": 3},
             alpha_pattern={r".*(up|down)": 8.0},
         ),
         zero_gradient=r".*lora_a",

@@ -15,7 +15,7 @@ import huggingface_hub.errors
 import numpy as np
 import pytest
 
-from pefusion_jax.interop import hub, wheels
+from pefusion_jax.interop import hub, saving, wheels
 from pefusion_jax.interop.safetensors import save_safetensors
 
 ID = "somebody/tiny"
@@ -134,6 +134,43 @@ def test_hugging_face_cache_comes_first(world, monkeypatch):
     install(world, monkeypatch, world.weights)
     assert hub.locate(ID) == (folder, "Hugging Face cache")
     assert world.asked == []
+
+
+def test_a_half_filled_cache_does_not_hide_the_hub(world):
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}).encode()
+    whole = make_folder(world.root / "whole", world.weights, **{"model.safetensors.index.json": index})
+    world.hub_answer = str(whole)
+    folder = hf_cache(world, world.weights)
+    assert hub.locate("somebody/else", needs=("tokenizer.json",)).path == whole  # which the cache does not know
+    hub.WHEELS.pop(ID)
+    (folder / "model.safetensors").unlink()
+    assert hub.locate(ID).path == whole
+    assert hub.locate(ID, needs=("vocab.txt", "tokenizer.json")).path == folder  # for which weights play no part
+    (folder / "model.safetensors").write_bytes(world.weights)
+    (folder / "tokenizer.json").unlink()
+    assert hub.locate(ID).path == folder
+    assert hub.locate(ID, needs=("vocab.txt", "tokenizer.json")).path == whole
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_bytes(index)
+    (folder / shards[0]).write_bytes(world.weights)
+    assert hub.locate(ID).path == whole
+    world.hub_answer = ConnectionError("no route")
+    with pytest.raises(FileNotFoundError, match=f"has model.safetensors.index.json but not {shards[1]}"):
+        hub.locate(ID)
+    (folder / shards[1]).write_bytes(world.weights)
+    assert hub.locate(ID).path == folder
+    with pytest.raises(FileNotFoundError, match="has no vocab.txt and no tokenizer.json"):
+        hub.locate(ID, needs=("vocab.txt", "tokenizer.json"))
+    for damaged in (b"{", b"{}"):
+        (folder / "model.safetensors.index.json").write_bytes(damaged)
+        with pytest.raises(FileNotFoundError, match="Hugging Face cache: .*(is not a UTF-8 JSON object|has no weight_map)"):
+            hub.locate(ID)
+
+
+def test_what_belongs_to_a_model_is_fetched():
+    names = [*saving._COMPANIONS, hub.CONFIG, hub.WEIGHTS, hub.INDEX]
+    assert list(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=hub._PATTERNS)) == names
 
 
 def test_installed_package_is_used_without_running_it(world, monkeypatch):

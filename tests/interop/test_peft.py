@@ -32,6 +32,7 @@ VARIANTS = {
     "lora_bias": {"r": 2, "lora_alpha": 3, "lora_bias": True, "target_modules": ["value", "intermediate.dense"]},
     "modules_to_save": {"r": 2, "modules_to_save": ["pooler", "output.LayerNorm"], "target_modules": ["value"]},
     "modules_to_save and biases": {"r": 2, "bias": "lora_only", "modules_to_save": ["pooler"], "target_modules": ["key"]},
+    "modules_to_save and all biases": {"r": 2, "bias": "all", "modules_to_save": ["pooler"], "target_modules": ["key"]},
     "pattern": {"r": 2, "target_modules": r".*\.layer\.1\.attention\.(self\.(query|key)|output\.dense)"},
     "all-linear": {"r": 2, "target_modules": "all-linear"},
     "exclude_modules": {"r": 2, "target_modules": ["dense"], "exclude_modules": r".*intermediate.*|pooler\.dense"},
@@ -41,8 +42,9 @@ VARIANTS = {
 }  # fmt: skip
 # Those that run as adapters; the others run with the adapters in the weights, which saves a compilation each.
 COMPILED = {"plain", "both patterns, rank-stabilized", "bias all", "lora_bias", "modules_to_save", "embeddings"}
-# What is written again as something else: alpha that is no integer goes into B, a branch's bias into the layer's own.
-REWRITTEN = {"float alpha", "lora_bias"}
+# What is written again as something else: alpha that is no integer goes into B, a branch's bias into the layer's own, biases
+# beside whole modules go into whole modules.
+REWRITTEN = {"float alpha", "lora_bias", "modules_to_save and all biases"}
 
 
 def both_ways(home, made, folder, bound=1e-5, outputs_of=Base.ours):
@@ -122,6 +124,24 @@ def test_every_family_both_ways(family, tmp_path):
         made = home.adapted(r=2, lora_alpha=3, **FAMILY_CASES[family])
     adapter, _, _ = both_ways(home, made, tmp_path)
     assert not adapter.heads and adapter.report.column.startswith("transformers>=5")
+
+
+def test_a_classifier_with_all_biases_both_ways(tmp_path):
+    """PEFT saves its bias three times: as the original's, and as the trained one's under two names."""
+    home = base("bert_classifier")
+    with quiet():
+        made = home.adapted(r=2, task_type="SEQ_CLS", bias="all", target_modules=["query"])
+    adapter, _, _ = both_ways(home, made, tmp_path)
+    assert not adapter.heads
+    tensors = load_safetensors(tmp_path / "theirs/adapter_model.safetensors")
+    name = "base_model.model.classifier.modules_to_save.bias"
+    assert {name, "base_model.model.classifier.original_module.bias"} < tensors.keys()
+    write(tmp_path / "torn", adapter.config, tensors | {name: tensors[name] + 1})
+    with pytest.raises(ValueError, match="classifier.bias stands twice in the file, with different values"):
+        pf.load_peft(tmp_path / "torn", home.model, home.params)
+    del tensors["base_model.model.classifier.bias"]
+    write(tmp_path / "once", adapter.config, tensors)
+    assert_same(pf.load_peft(tmp_path / "once", home.model, home.params)[1], adapter.adapters)
 
 
 OLD_VIT = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value", "o_proj": "output.dense"}

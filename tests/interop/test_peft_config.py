@@ -32,6 +32,8 @@ NARROWED = [
     {"layers_to_transform": [0, 1], "layers_pattern": ["layer"], "target_modules": ["key"]},
     {"layers_to_transform": [1], "layers_pattern": "layer", "target_modules": ["output.dense"]},
     {"layers_to_transform": [], "target_modules": ["value"]},
+    {"layers_to_transform": [0], "target_modules": ["encoder.layer.1.attention.self.key", "value"]},
+    {"layers_to_transform": [0], "target_modules": ["bert.encoder.layer.1.attention.self.key", "pooler.dense", "value"]},
     {"modules_to_save": ["pooler"], "target_modules": ["dense"]},
     {"modules_to_save": ["attention"], "target_modules": "all-linear"},
     {"task_type": "SEQ_CLS", "target_modules": "all-linear"},

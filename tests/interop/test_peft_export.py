@@ -10,6 +10,7 @@ import pytest
 from peft_cases import assert_same, base, distance, load_back, outputs, quiet
 
 import pefusion_jax as pf
+from pefusion_jax.interop import manifest
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,20 @@ def test_what_peft_cannot_store_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(ValueError, match="has no table of Hugging Face names"):
         pf.save_peft(tmp_path / "out", pf.adapt(flax.linen.Dense(3), lora), {}, params={}, base="x")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_has_a_manifest_and_never_replaces_its_base(tmp_path):
+    home = base("bert")
+    adapted = pf.adapt(home.model, pf.LoRA(rank=2, targets=r".*/query"))
+    tree = adapted.init(jax.random.key(0), home.params, **home.inputs)
+    pf.save_pretrained(tmp_path / "base", home.model, home.params)
+    for out in (tmp_path, tmp_path / "base"):
+        with pytest.raises(ValueError, match="base, which is read here and would be replaced"):
+            pf.save_peft(out, adapted, tree, params=home.params, base=tmp_path / "base", overwrite=True)
+    assert manifest.verify(tmp_path / "base").ok
+    pf.save_peft(tmp_path / "out", adapted, tree, params=home.params, base=tmp_path / "base")
+    assert manifest.verify(tmp_path / "out").ok
+    assert manifest.read_manifest(tmp_path / "out")["settings"]["base"] == str(tmp_path / "base")
 
 
 def test_any_rank_and_scale_reaches_peft(tmp_path):

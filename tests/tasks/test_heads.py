@@ -120,6 +120,11 @@ def test_bad_arguments_are_errors():
             zero_shot_head(fake_apply, fake_params(), encoder, descriptions)
     with pytest.raises(ValueError, match="labels from 0 to 3 do not fit num_classes=3"):
         linear_head(x, np.arange(4), 3)
+    with pytest.raises(ValueError, match="labels from 0.0 to 1.0 do not fit num_classes=2, whose labels are whole numbers"):
+        linear_head(x, np.asarray([0, 0.5, 1, 1]), 2)
+    for classes in (0, 4):
+        with pytest.raises(ValueError, match="finite"):
+            linear_head(x, np.asarray([0, 1, np.nan, 1]), classes)
     with pytest.raises(ValueError, match="finite"):
         linear_head(x * np.inf, np.arange(4), 4)
     with pytest.raises(ValueError, match="must be finite"):

@@ -91,6 +91,13 @@ def test_shapes_and_nan_are_errors():
         accuracy(np.zeros((0, 2)), np.zeros(0, int))
     with pytest.raises(ValueError, match="1 of 2 examples are not numbers"):
         macro_f1(np.array([[0.0, 1.0], [np.nan, 0.0]]), np.array([0, 1]))
+    numbers = np.arange(4.0)
+    bad = np.where(numbers == 2, np.nan, numbers)
+    for metric in (pearson, spearman):
+        with pytest.raises(ValueError, match="predictions of 1 of 4 examples are not finite"):
+            metric(bad[:, None], numbers)
+        with pytest.raises(ValueError, match="labels of 1 of 4 examples are not finite"):
+            metric(numbers, bad)
 
 
 def test_texts_are_compared_as_by_squad():

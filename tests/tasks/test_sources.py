@@ -8,6 +8,7 @@ import pytest
 
 from pefusion_jax import tasks
 from pefusion_jax.tasks import csv_source, embedded, embedded_path, folder_task_source, jsonl_source, parquet_source
+from pefusion_jax.tasks.task import label_number
 
 ROWS = [{"text": 'He said "no", twice', "label": 1}, {"text": "zwei\nZeilen, Ümlaut", "label": 0}]
 
@@ -120,6 +121,29 @@ def test_classes_and_fields_are_told_from_the_training_split(tmp_path):
         read({**pair, "label": 0}, {**pair, "label": "x"})
 
 
+def test_classes_named_by_numbers_are_names_in_csv(tmp_path):
+    write_csv(tmp_path / "train.csv", "text,label\na,1\nb,2\nc,3\n")
+    (tmp_path / "task.json").write_text('{"classes": ["1", "2", "3"]}')
+    for data in (folder_task_source(tmp_path), folder_task_source(tmp_path, classes=("3", "1", "2"))):
+        found = [label_number(row, "label", data.classes) for row in data.train]
+        assert [data.classes[number] for number in found] == ["1", "2", "3"]
+    write_csv(tmp_path / "train.csv", "text,label\na,0\nb,1\n")  # places, or is a name missing?
+    row = folder_task_source(tmp_path).train[0]
+    with pytest.raises(ValueError, match="label '0' is neither a number from 0 to 2 nor one of the classes '1', '2', '3'"):
+        label_number(row, "label", ("1", "2", "3"))
+    for classes in (("0", "1"), ("bad", "good")):
+        assert [row["label"] for row in folder_task_source(tmp_path, classes=classes).train] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["fields", "classes", "descriptions"])
+@pytest.mark.parametrize("value", [5, "ab", None, ["a", "a"], [1, 2], {"a": 1}])
+def test_a_task_file_holds_lists_of_different_strings(name, value, tmp_path):
+    write_csv(tmp_path / "train.csv", "text,label\na,x\nb,y\n")
+    (tmp_path / "task.json").write_text(json.dumps({name: value}))
+    with pytest.raises(ValueError, match=f"task.json: {name} must be a list of different strings, not"):
+        folder_task_source(tmp_path)
+
+
 def test_a_folder_that_is_no_task_is_explained(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         folder_task_source(tmp_path / "missing")
@@ -136,9 +160,10 @@ def test_a_folder_that_is_no_task_is_explained(tmp_path):
     with pytest.raises(ValueError, match="has the split train twice: train.jsonl, train.csv"):
         folder_task_source(tmp_path)
     (tmp_path / "train.jsonl").unlink()
-    (tmp_path / "task.json").write_text("{")
-    with pytest.raises(ValueError, match="task.json is not JSON"):
-        folder_task_source(tmp_path)
+    for text, match in (("{", " is not JSON"), ("[" * 100_000, " is not JSON"), ('{"name": 1}', ": name must be a string")):
+        (tmp_path / "task.json").write_text(text)
+        with pytest.raises(ValueError, match=f"task.json{match}"):
+            folder_task_source(tmp_path)
 
 
 def test_the_extract_is_found_or_the_error_says_what_to_do(tmp_path, monkeypatch):

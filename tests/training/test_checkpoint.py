@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -120,6 +121,45 @@ def test_state_of_another_run_is_refused_and_says_what_differs(tmp_path):
     assert_same(finetune(adapted, params, task, seed=1, **settings), other)
 
 
+def test_state_of_another_model_expansion_head_or_data_is_refused(tmp_path):
+    adapted, params = toy.make_model()
+    one, two = (adapted.init(jax.random.key(k), params, np.ones((1, toy.FEATURES), np.float32)) for k in (1, 2))
+    task = toy.make_task()
+    settings = dict(steps=2, batch_size=8, devices=ONE, checkpoint_dir=tmp_path, adapters=jax.tree.map(jnp.zeros_like, one))
+    tree = finetune(toy.pf.linearize(adapted, one), params, task, **settings)
+    # A method, a task and a model that say the same are the same, whichever objects they are.
+    assert_same(finetune(toy.pf.linearize(toy.make_model()[0], one), params, toy.make_task(), **settings), tree)
+
+    def refused(match, adapted, task=task):
+        with pytest.raises(ValueError, match=match):
+            finetune(adapted, params, task, **settings)
+
+    refused("point of expansion is", toy.pf.linearize(adapted, two))
+    refused("mode is 'network' there and 'layer' now", toy.pf.linearize(adapted, one, "layer"))
+    louder = toy.pf.adapt(toy.Net(), toy.pf.LoRA(rank=2, alpha=64, targets="up|down"))
+    refused(r"methods is .*alpha=4,.* there and .*alpha=64,", toy.pf.linearize(louder, one))
+    refused(r"model is .*dropout = 0.0.* there and .*dropout = 0.3", toy.pf.linearize(toy.make_model(0.3)[0], one))
+    same = toy.pf.linearize(adapted, one)
+    refused("task: head is", same, dataclasses.replace(task, head=toy.make_task(seed=1).head))
+    refused("task: training labels is", same, dataclasses.replace(task, label=lambda example: (example["label"] + 1) % 3))
+    refused("first inputs is", same, dataclasses.replace(task, encode=lambda e: {"x": 2 * toy.encode(e)["x"]}))
+    refused(
+        "task: loss is '<function loss>' there and '<function .*<lambda>>'", same, dataclasses.replace(task, loss=lambda *_: 0)
+    )
+    refused("task: metric is '<function accuracy>' there", same, dataclasses.replace(task, metric=lambda *_: 0.0))
+
+
+def test_a_run_that_ended_between_validations_is_not_lengthened(tmp_path):
+    adapted, params = toy.make_model()
+    settings = dict(schedule="constant", warmup=0.0, batch_size=8, devices=ONE, validate_every=2)
+    for folder, steps in (("on", 4), ("off", 3)):
+        finetune(adapted, params, toy.make_task(), steps=steps, checkpoint_dir=tmp_path / folder, **settings)
+    longer = finetune(adapted, params, toy.make_task(), steps=8, checkpoint_dir=tmp_path / "on", **settings)
+    assert_same(longer, finetune(adapted, params, toy.make_task(), steps=8, **settings))
+    with pytest.raises(ValueError, match="ends between validations is 3 there and absent now"):
+        finetune(adapted, params, toy.make_task(), steps=8, checkpoint_dir=tmp_path / "off", **settings)
+
+
 def test_run_with_constant_rate_may_be_lengthened(tmp_path):
     adapted, params = toy.make_model()
     settings = dict(schedule="constant", warmup=0.0, batch_size=8, devices=ONE)
@@ -161,12 +201,23 @@ def test_adapters_that_cannot_be_stored_are_refused(tmp_path):
         save_adapters(path, {"a": 1.0})
     with pytest.raises(ValueError, match="string keys without slashes"):
         save_adapters(path, {"a/b": np.ones(2, np.float32)})
+    with pytest.raises(ValueError, match="adapters.safetensors: 'a' is float64, which JAX would make float32; cast it"):
+        save_adapters(path, {"a": np.ones(2)})
     assert list(tmp_path.iterdir()) == []
     from safetensors.numpy import save_file
 
     save_file({"a/b": bad["a"]["b"]}, path)
     with pytest.raises(ValueError, match="'a/b' holds 2 NaN"):
         load_adapters(path)
+    one = np.ones(2, np.float32)
+    for tensors, metadata, match in (
+        ({"a": np.asarray([2**40])}, None, "'a' is int64, which JAX would make int32"),
+        ({"x": one, "x/y": one}, None, "'x/y' runs through the leaf 'x'"),
+        ({"x": one}, {"kind": "[" * 100_000}, "the metadata 'kind' is nested too deeply"),
+    ):
+        save_file(tensors, path, metadata)
+        with pytest.raises(ValueError, match=f"adapters.safetensors: {match}"):
+            load_adapters(path)
     with pytest.raises(OSError):
         load_adapters(tmp_path / "absent.safetensors")
 

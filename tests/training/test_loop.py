@@ -85,8 +85,12 @@ def test_best_adapters_on_the_validation_split_are_returned(tmp_path):
     unclear = dataclasses.replace(task, metric=lambda scores, labels: float("nan"))
     with pytest.raises(NonFiniteError, match="validation score is nan"):
         finetune(adapted, params, unclear, steps=2, validate_every=1, **BASE)
-    with pytest.raises(ValueError, match="no validation examples"):
-        finetune(adapted, params, dataclasses.replace(task, validation=[]), steps=2, validate_every=1, **BASE)
+    hidden = [{**task.validation[0], "label": -1}]
+    for split, match in (([], "no validation examples"), (hidden, "-1 marks a hidden test label")):
+        # Up front: the training split, which would be wanted next, is not there either.
+        with pytest.raises(ValueError, match=match):
+            none = dataclasses.replace(task, validation=split, train=[])
+            finetune(adapted, params, none, steps=2, validate_every=1, **BASE)
 
 
 def test_best_adapters_survive_a_restart(tmp_path):
@@ -192,6 +196,11 @@ def test_own_schedule_and_weight_decay():
         ({"keep": 0}, "keep=0"),
         ({"checkpoint_every": -1}, "checkpoint_every=-1"),
         ({"validate_every": -1}, "validate_every=-1"),
+        ({"clip": 0.0}, "clip=0.0 must be above 0"),
+        ({"clip": -1.0}, "clip=-1.0 must be above 0"),
+        ({"learning_rate": -0.1}, "learning_rate=-0.1 must be a finite number, 0 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"weight_decay": float("inf")}, "weight_decay=inf"),
         ({"batch_size": 12, "devices": jax.devices()[:8]}, "nearest sizes that do: 8, 16"),
         ({"mapping": "vmap"}, "choose one of 'pmap', 'shard_map'"),
         ({"schedule": "step"}, "choose one of 'cosine', 'linear', 'constant'"),
