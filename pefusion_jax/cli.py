@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from pefusion_jax import cli_files, cli_runs
+from pefusion_jax import cli_files, cli_fuse, cli_runs
 from pefusion_jax.quickstart import Settings
 
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[type, Callable[[Any], None]] = {
         Quickstart: _quickstart,
         cli_runs.Finetune: cli_runs.finetune,
-        cli_runs.Fuse: cli_runs.fuse,
+        cli_fuse.Fuse: cli_fuse.fuse,
         cli_runs.Evaluate: cli_runs.evaluate,
         Report: _report,
         cli_files.Convert: cli_files.convert,
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = tyro.cli(
         Annotated[Quickstart, tyro.conf.subcommand("quickstart", prefix_name=False)]
         | Annotated[cli_runs.Finetune, tyro.conf.subcommand("finetune", prefix_name=False)]
-        | Annotated[cli_runs.Fuse, tyro.conf.subcommand("fuse", prefix_name=False)]
+        | Annotated[cli_fuse.Fuse, tyro.conf.subcommand("fuse", prefix_name=False)]
         | Annotated[cli_runs.Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
         | Annotated[Report, tyro.conf.subcommand("report", prefix_name=False)]
         | Annotated[cli_files.Convert, tyro.conf.subcommand("convert", prefix_name=False)]

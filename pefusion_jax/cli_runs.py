@@ -1,4 +1,4 @@
-"""The commands on runs: ``pefusion finetune | fuse | evaluate``."""
+"""The commands on one run: ``pefusion finetune | evaluate``."""
 
 from __future__ import annotations
 
@@ -79,36 +79,6 @@ class Finetune:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fuse:
-    """Fuses the adapters of several runs into one.
-
-    Example:  pefusion fuse runs/spam runs/intents --method ties --set density=0.2 scale=1.0 --out runs/fused
-
-    Without data, from moments stored with 'finetune --statistics 128':  pefusion fuse runs/* --method gram --out runs/fused
-    """
-
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """Folders that 'pefusion finetune' wrote, all for the same base model, method and mode."""
-    out: Out
-    method: str = "task_arithmetic"
-    """Name of a method of pefusion_jax.fusion."""
-    set: tuple[str, ...] = ()
-    """Arguments of the method, NAME=VALUE; its own defaults for those that are not given. A list goes to the runs in the order
-    in which they are named here: weights=[0.9,0.1]. A mapping names them: weights={runs/spam: 0.9, runs/intents: 0.1}, in
-    quotes for the shell."""
-    match_norm: bool = False
-    """Give the fused change the mean length of the runs' changes, in place of the method's own scale."""
-    rank: int | None = None
-    """Bring the fused change to this rank, and say how much of it is lost."""
-    space: Literal["weight", "adapter"] = "weight"
-    """Combine weight changes, or the adapters' own leaves as the papers did."""
-    overwrite: bool = False
-    """Replace a folder that is not empty."""
-    json: bool = False
-    """Print what was written as JSON."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Scores a run on tasks.
 
@@ -143,7 +113,7 @@ def finetune(given: Finetune) -> None:
     files.require_apart(given.out, *read, *filter(None, [given.checkpoint_dir]))
     with only_json(given.json), files.new_folder(given.out, given.overwrite) as folder:
         model, params = pf.load_pretrained(given.model, dtype=given.dtype)
-        task = _tasks([given.task], given.model, model, params, given.head, given.max_length)[0]
+        task = tasks_of([given.task], given.model, model, params, given.head, given.max_length)[0]
         method = (
             pf.LoRA(rank=given.rank, alpha=given.alpha, dropout=given.dropout, targets=given.targets or Settings.targets)
             if given.method == "lora"
@@ -202,132 +172,6 @@ def finetune(given: Finetune) -> None:
         print(json.dumps(result, indent=2))
 
 
-def fuse(given: Fuse) -> None:
-    """Runs :class:`Fuse`."""
-    import jax
-
-    import pefusion_jax as pf
-    from pefusion_jax import files, runs
-
-    if len(given.runs) < 2:
-        raise ValueError("fuse needs at least two runs: pefusion fuse RUN RUN ... --out DIR")
-    if twice := [name for place, name in enumerate(given.runs) if name in given.runs[:place]]:
-        raise ValueError(f"{twice[0]} is named twice; name each run once")
-    files.require_free(given.out, given.overwrite)
-    files.require_apart(given.out, *given.runs)
-    first = runs.load_run(given.runs[0])
-    loaded = {name: runs.load_run(name, base=(first.model, first.params)) for name in given.runs}
-    files.require_apart(given.out, *(path for run in loaded.values() if Path(path := run.spec["model"]).is_dir()))
-    for name, run in loaded.items():
-        for entry in ("methods", "generator", "mode", "kind"):
-            theirs, ours = run.spec.get(entry), first.spec.get(entry)
-            if theirs != ours:
-                raise ValueError(
-                    f"{name} and {given.runs[0]} differ in {entry}: {theirs} and {ours}; only runs that were adapted alike "
-                    "can be fused"
-                )
-    pf.trees.require_same_structure({name: run.adapters0 for name, run in loaded.items()})
-    same_start = all(
-        bool((a == b).all())
-        for run in loaded.values()
-        for a, b in zip(jax.tree.leaves(run.adapters0), jax.tree.leaves(first.adapters0), strict=True)
-    )
-    if not same_start and (first.spec["mode"] is not None or given.space == "adapter"):
-        raise ValueError(
-            "the runs started from different adapters, so they have no common space to be fused in; train them with the same "
-            "--seed, or fuse plain adapters in --space weight"
-        )
-    if given.match_norm and given.space != "weight":
-        raise ValueError("--match-norm is for weight changes; fuse in --space weight")
-    method = _fusion_method(given)
-    if given.match_norm:
-        method = pf.fusion.match_norm(method)
-    given_trees = {name: run.tree for name, run in loaded.items()}
-    if method.bind is None and method.tasks is None:
-        # Trees of a mapping are taken by sorted name: these names sort as the runs stand on the command line.
-        digits = len(str(len(loaded)))
-        given_trees = {f"run {n:0{digits}} ({name})": tree for n, (name, tree) in enumerate(given_trees.items(), 1)}
-    plain_start = first.adapters0 if first.spec["mode"] is None else None
-    with _naming(given):
-        tree = (
-            pf.fuse(method, given_trees, adapted=first.adapted, params=first.params)
-            if given.space == "weight"
-            else pf.fuse(method, given_trees, space="adapter", init=plain_start)
-        )
-    lost = None
-    if given.rank is not None:
-        if not isinstance(tree, pf.Delta):
-            raise ValueError("--rank is for weight changes; fuse in --space weight")
-        tree, _, lost = pf.compress(tree, given.rank)
-    names = list(dict.fromkeys(task for run in loaded.values() for task in run.spec.get("tasks", ())))
-    with files.new_folder(given.out, given.overwrite) as folder:
-        runs.save_run(
-            folder,
-            tree,
-            model=first.spec["model"],
-            params=first.params,
-            methods=runs.methods_of(first.spec),
-            generator=runs.generator_of(first.spec),
-            mode=first.spec["mode"],
-            adapters0=first.adapters0 if same_start else None,
-            tasks=names,
-            head=first.spec.get("head", "zero_shot"),
-            max_length=first.spec.get("max_length", Settings.max_length),
-            settings=dataclasses.asdict(given),
-        )
-    summary: dict[str, Any] = {
-        "out": given.out,
-        "runs": list(given.runs),
-        "method": given.method,
-        "space": given.space,
-        "tasks": names,
-    }
-    text = f"fused {len(loaded)} runs by {given.method}; written to {given.out}"
-    if lost is not None:
-        summary["residual"] = float(lost)
-        text += f"; of rank {given.rank}, which leaves out {float(lost):.1%} of the change's norm"
-    print(json.dumps(summary, indent=2) if given.json else text)
-
-
-def _fusion_method(given: Fuse) -> Any:
-    """The method that a command names, with its arguments, and with the runs' statistics if it takes them."""
-    import yaml
-
-    from pefusion_jax import fusion, load_statistics
-    from pefusion_jax.fusion.named import our_parameters, require_plain
-    from pefusion_jax.fusion.recipe import number_or_word
-    from pefusion_jax.trees import did_you_mean
-
-    known = our_parameters(given.method)
-    arguments: dict[str, Any] = {}
-    for text in given.set:
-        name, equals, value = text.partition("=")
-        if not equals or name not in known:
-            raise ValueError(f"--set {text}: {given.method} has no argument of this form{did_you_mean(name, known)}")
-        try:
-            arguments[name] = number_or_word(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {text}: the value is not a number, a word or a list of them") from error
-    require_plain(given.method, arguments)
-    if "statistics" in known:
-        files = {run: Path(run) / STATISTICS for run in given.runs}
-        for run, file in files.items():
-            if not file.is_file():
-                raise ValueError(f"{given.method} needs {file}; train {run} again with --statistics 128")
-        arguments["statistics"] = {run: load_statistics(file) for run, file in files.items()}
-    with _naming(given):
-        return getattr(fusion, given.method)(**arguments)
-
-
-@contextlib.contextmanager
-def _naming(given: Fuse) -> Iterator[None]:
-    """Says of an error which method and arguments it is about."""
-    try:
-        yield
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{given.method}({', '.join(given.set)}): {error}") from error
-
-
 def evaluate(given: Evaluate) -> None:
     """Runs :class:`Evaluate`."""
     import pefusion_jax as pf
@@ -338,7 +182,7 @@ def evaluate(given: Evaluate) -> None:
         names = list(given.tasks or run.spec.get("tasks", ()))
         if not names:
             raise ValueError(f"{given.run} does not say which tasks it is for; name them: --tasks spam intents")
-        suite = _tasks(
+        suite = tasks_of(
             names,
             run.spec["model"],
             run.model,
@@ -352,7 +196,7 @@ def evaluate(given: Evaluate) -> None:
         print(json.dumps(scores.to_dict(), indent=2))
 
 
-def _tasks(names: Sequence[str], model_id: str, model: Any, params: Any, head: str, max_length: int) -> list[Any]:
+def tasks_of(names: Sequence[str], model_id: str, model: Any, params: Any, head: str, max_length: int) -> list[Any]:
     """Embedded tasks by name, and folders by path."""
     from pefusion_jax import load_tokenizer, tasks
 

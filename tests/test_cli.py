@@ -50,6 +50,7 @@ def test_finetune_writes_what_it_takes_to_go_on(out):
         ("plain", ["--method", "average", "--space", "adapter"]),
         ("plain", ["--method", "iso_c", "--match-norm"]),
         ("network", ["--method", "task_arithmetic", "--set", "scale=0.5"]),
+        ("network", ["--method", "average", "--scales", "0.5", "1"]),
     ],
 )
 def test_fuse_then_evaluate(out, mode, options, tmp_path, capsys):
@@ -170,6 +171,38 @@ def test_runs_that_do_not_belong_together_are_refused(out, tmp_path, capsys):
     pair = [str(out / "plain_spam"), str(out / "network_intents")]
     assert main(["fuse", *pair, "--out", str(tmp_path / "fused")]) == 1
     assert "differ in mode" in capsys.readouterr().err
+
+
+def test_plain_runs_of_different_ranks_and_targets_are_fused_in_weight_space(out, tmp_path, capsys):
+    other = ["finetune", "--task", "intents", "--rank", "2", "--targets", ".*/key", "--out", str(tmp_path / "key")]
+    assert main([*other, *TINY, *QUICK]) == 0
+    pair = [str(out / "plain_spam"), str(tmp_path / "key")]
+    assert main(["fuse", *pair, "--method", "average", "--out", str(tmp_path / "fused")]) == 0
+    fused, *own = (pf.load_run(folder) for folder in (tmp_path / "fused", *pair))
+    changes = [run.adapted.deltas(run.params, run.tree).leaves for run in own]
+    assert fused.tree.leaves.keys() == changes[0].keys() | changes[1].keys() and not changes[0].keys() & changes[1].keys()
+    for path, leaf in fused.tree.leaves.items():
+        np.testing.assert_allclose(leaf.dense(), 0.5 * (changes[0] | changes[1])[path].dense(), atol=1e-7)
+    capsys.readouterr()
+    assert main(["fuse", *pair, "--space", "adapter", "--out", str(tmp_path / "other")]) == 1
+    assert "differ in methods" in capsys.readouterr().err
+
+
+def test_a_scale_is_chosen_on_validation_examples(out, tmp_path, capsys):
+    pair = [str(out / "plain_spam"), str(out / "plain_intents")]
+    given = ["fuse", *pair, "--method", "average", "--scales", "4", "0", "1", "--json", "--out", str(tmp_path / "fused")]
+    assert main(given) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["validation"]) == ["0", "1", "4"]
+    best = max(found["validation"], key=lambda scale: found["validation"][scale])
+    assert float(best) == found["scale"]
+    assert main(["evaluate", str(tmp_path / "fused"), "--split", "validation", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mean"] == found["validation"][best]
+    average = pf.fuse(pf.fusion.average(), [run.adapted.deltas(run.params, run.tree) for run in map(pf.load_run, pair)])
+    for path, leaf in pf.load_run(tmp_path / "fused").tree.leaves.items():
+        np.testing.assert_allclose(leaf.dense(), found["scale"] * average.leaves[path].dense(), atol=1e-6)
+    given = ["fuse", *pair, "--space", "adapter", "--scales", "1", "2", "--out", str(tmp_path / "other")]
+    assert main(given) == 1 and "--scales is for weight changes" in capsys.readouterr().err
 
 
 def test_finetune_does_not_replace_what_it_reads_or_keeps(tmp_path, capsys):
