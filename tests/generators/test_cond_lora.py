@@ -1,6 +1,5 @@
 """CondLoRA against its formulas in NumPy float64, its counts, and what it shares and does not share with LoRA."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,17 +155,9 @@ def test_errors_say_what_does_not_fit(bert):
         pf.generate(made, CondLoRA())
 
 
-def test_kernels_that_are_not_adapted_do_not_count():
+def test_kernels_that_are_not_adapted_do_not_count(two_shapes):
     """Of two numbered layers of different shapes one is adapted."""
-
-    class Own(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            wide = nn.relu(nn.Dense(6)(x))
-            return nn.Dense(4)(wide)
-
-    x = jnp.ones((2, 3))
-    params = Own().init(jax.random.key(0), x)["params"]
-    made = pf.generate(pf.adapt(Own(), pf.LoRA(rank=2, targets="Dense_0")), CondLoRA())
+    model, params, x = two_shapes
+    made = pf.generate(pf.adapt(model, pf.LoRA(rank=2, targets="Dense_0")), CondLoRA())
     shapes = {path: leaf.shape for path, leaf in trees.paths(made.init(jax.random.key(1), params, x)).items()}
     assert shapes == {"Dense_0/theta_a": (6, 2), "Dense_0/theta_b": (3, 2)}

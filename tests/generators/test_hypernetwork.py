@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -215,18 +214,10 @@ def test_errors_say_what_does_not_fit(bert, trained):
         pf.generate(adapted, generators.pha(TASKS, features=8, learned=r".*")).init(jax.random.key(0), params, IDS)
 
 
-def test_numbered_modules_of_different_shapes_are_no_layers():
+def test_numbered_modules_of_different_shapes_are_no_layers(two_shapes):
     """Linen numbers the layers of a module of one's own, whose shapes differ: each is a site of its own."""
-
-    class Own(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            wide = nn.relu(nn.Dense(6)(x))
-            return nn.Dense(4)(wide)
-
-    x = jnp.ones((2, 3))
-    params = Own().init(jax.random.key(0), x)["params"]
-    both = pf.adapt(Own(), pf.LoRA(rank=2, targets=r"Dense_\d"))
+    model, params, x = two_shapes
+    both = pf.adapt(model, pf.LoRA(rank=2, targets=r"Dense_\d"))
     made = pf.generate(both, generators.task_embeddings(TASKS))
     adapters = made.materialise(params, made.init(jax.random.key(1), params, x), "mrpc")
     assert {path: leaf.shape for path, leaf in trees.paths(adapters).items()} == {
