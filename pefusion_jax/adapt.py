@@ -35,6 +35,7 @@ from pefusion_jax.rules import (
     check_called,
     check_paths,
     first,
+    fitting,
     join,
     owner_on_layers,
     refuse_taken,
@@ -230,7 +231,9 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
         found: dict[str, Any] = {}
         for kind, rules_of_kind in (("layers", on_layers), ("parameters", on_parameters)):
             for rule, site, leaves, here in sites(rules_of_kind, parts, weights, parameters=kind == "parameters"):
-                for name, value in change(rule, site, leaves, here).items():
+                with fitting(site, leaves):
+                    changed = change(rule, site, leaves, here)
+                for name, value in changed.items():
                     path = join(site, name)
                     if path in found:
                         raise ValueError(
@@ -380,6 +383,7 @@ def _interceptor(
                 )
             key = module.make_rng("dropout")
         x = input_of(module, args, kwargs)
-        return y + branch(rule, layer, tuple(leaves), x, y, key).astype(y.dtype)
+        with fitting(layer.path, leaves):
+            return y + branch(rule, layer, tuple(leaves), x, y, key).astype(y.dtype)
 
     return intercept

@@ -87,9 +87,14 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
         """``tau`` in the dtypes of ``adapters0``, with zeros for the leaves that it leaves out."""
         given = trees.paths(tau)
         known = trees.paths(adapters0)
-        for path in given:
+        for path, leaf in given.items():
             if path not in known:
                 raise ValueError(f"the displacement has a leaf {path!r}, adapters0 has none{trees.did_you_mean(path, known)}")
+            if leaf.shape != known[path].shape:
+                raise ValueError(
+                    f"the displacement's leaf {path!r} has the shape {tuple(leaf.shape)}, and {tuple(known[path].shape)} in "
+                    "adapters0: it belongs to another point of expansion"
+                )
         return trees.map_paths(
             lambda path, leaf: given[path].astype(leaf.dtype) if path in given else jnp.zeros_like(leaf), adapters0
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from pefusion_jax import trees
 from pefusion_jax.layers import Layer
@@ -130,6 +132,19 @@ def require_whole(rule: Method, site: str, leaves: Leaves) -> None:
                 f"the adapters lack the leaf {join(site, name)!r}, which {type(rule).__name__} needs beside "
                 f"{', '.join(map(repr, leaves)) or 'no other'}; make them with init()"
             )
+
+
+@contextlib.contextmanager
+def fitting(site: str, parts: Sequence[Leaves]) -> Iterator[None]:
+    """Says whose leaves they are when a computation finds that shapes do not go together."""
+    try:
+        yield
+    except TypeError as error:  # what JAX raises then
+        shapes = "; ".join(", ".join(f"{name} {tuple(np.shape(leaf))}" for name, leaf in part.items()) for part in parts)
+        raise ValueError(
+            f"the adapters of {site!r} do not fit the layer or each other ({shapes}): {error}. Take adapters that init() of "
+            "this model made"
+        ) from error
 
 
 def check_paths(parts: Sequence[Any], params: Mapping[str, Any], rules: Sequence[Method]) -> None:

@@ -210,6 +210,19 @@ def test_leaves_that_nothing_uses_and_half_pairs_are_refused():
             use(half)
 
 
+def test_shapes_that_do_not_go_together_are_refused_by_the_name_of_the_layer():
+    variables = Net().init(jax.random.key(0), X)
+    adapted = pf.adapt(Net(), pf.LoRA(rank=2, targets="first|second"))
+    tree = adapted.init(jax.random.key(0), variables, X)
+    own = tree["second"]
+    ranks = {**tree, "second": {**own, "lora_b": jnp.tile(own["lora_b"], (2, 1))}}
+    widths = {**tree, "second": {**own, "lora_b": own["lora_b"][:, 1:]}}
+    uses = (lambda t: adapted.apply(variables, t, X), lambda t: adapted.deltas(variables, t))
+    for wrong, use in ((ranks, uses[0]), (ranks, uses[1]), (widths, uses[0])):
+        with pytest.raises(ValueError, match=r"adapters of 'second' do not fit .*lora_a \(.*lora_b \(.*Take adapters"):
+            use(wrong)
+
+
 def test_integer_parameters_are_not_fine_tuned():
     class Quantised(nn.Module):
         @nn.compact

@@ -200,3 +200,13 @@ def test_changes_of_no_parameter_or_of_another_shape_are_named(small, mode):
         linear.apply_deltas(params, pf.Delta({"frist/kernel": jnp.ones((3, 4))}), x)
     with pytest.raises(ValueError, match=r"'first/kernel' has shape \(3, 4\), its change has \(1, 4\)"):
         linear.apply_deltas(params, pf.Delta({"first/kernel": jnp.ones((1, 4))}), x)
+
+
+@pytest.mark.parametrize("mode", ["network", "layer", "weight"])
+def test_displacements_of_another_shape_are_named(small, mode):
+    lora, params, phi, x = small
+    linear = pf.linearize(lora, phi, mode)
+    wider = {"first": {name: jnp.concatenate([leaf, leaf]) for name, leaf in phi["first"].items()}}
+    for use in (lambda t: linear.apply(params, t, x), lambda t: linear.deltas(params, t)):
+        with pytest.raises(ValueError, match=r"leaf 'first/lora_[ab]' has the shape \(.*, and \(.* in adapters0"):
+            use(wider)

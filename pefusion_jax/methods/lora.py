@@ -145,6 +145,9 @@ def factor_pair(a: jax.Array, b: jax.Array, shape: tuple[int, ...]) -> LowRank:
       b: ``[*batch, rank, *outputs]``, or ``[*batch, rank, *weight axes]`` with ones in place of the inputs, for an einsum
         whose weight has its input axes between its output axes.
       shape: the weight's shape.
+
+    Raises:
+      TypeError: if the factors have different ranks.
     """
     rank = a.shape[-1]
     if b.ndim <= len(shape):
@@ -156,6 +159,8 @@ def factor_pair(a: jax.Array, b: jax.Array, shape: tuple[int, ...]) -> LowRank:
         spread = b.shape[:batch] + b.shape[batch + 1 :]
         is_input = [i for i in range(batch, len(shape)) if spread[i] == 1]
         axes = (*range(batch), *is_input, *(i for i in range(batch, len(shape)) if i not in is_input))
+    if b.shape[batch] != rank:
+        raise TypeError(f"A has rank {rank} and B {b.shape[batch]}")
     lead = shape[:batch]
     inputs = math.prod(a.shape[batch:-1])
     return LowRank(a=a.reshape(*lead, inputs, rank), b=b.reshape(*lead, rank, -1), shape=shape, axes=axes)
