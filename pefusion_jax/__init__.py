@@ -40,7 +40,7 @@ from pefusion_jax.methods import (
 
 # Second moments of a task's data: for fusion without data, and for training that stays out of other tasks' way.
 from pefusion_jax.moment_files import load_statistics, save_statistics
-from pefusion_jax.penalty import interference
+from pefusion_jax.penalty import interference_penalty
 from pefusion_jax.runs import load_run, save_run
 from pefusion_jax.statistics import statistics
 from pefusion_jax.training import finetune, finetune_together
@@ -67,7 +67,7 @@ __all__ = [
     "generate_tokens",
     "generators",
     "houlsby",
-    "interference",
+    "interference_penalty",
     "linearize",
     "load_image_processor",
     "load_peft",

@@ -8,7 +8,7 @@ For a layer :math:`y = x W` of one task's model, the two matrices
 say how much a change of the weight costs that task: :math:`\mathrm{tr}(\Delta W^\top G\, \Delta W\, S)` approximates the
 expected squared change of the log-likelihood (Kronecker-factored Fisher information).
 :func:`~pefusion_jax.statistics.statistics` collects them; closed-form fusion methods and
-:func:`~pefusion_jax.penalty.interference` use them.
+:func:`~pefusion_jax.penalty.interference_penalty` use them.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from pefusion_jax.moments import Moments, Spectral, Statistics, dense_moment, mo
 Penalty = tuple[Callable[..., jax.Array], Any]
 
 
-def interference(
+def interference_penalty(
     statistics: Mapping[str, Statistics], *, weight: float = 1.0, accumulate: bool = True, normalize: bool = False
 ) -> Penalty:
-    r"""The expected cost of a change to other tasks, for ``finetune(..., penalty=interference(others))``.
+    r"""The expected cost of a change to other tasks, for ``finetune(..., penalty=interference_penalty(others))``.
 
     .. math:: R(\tau) = \frac{\lambda}{2} \sum_l \sum_t \mathrm{tr}(\Delta W_l^\top G_{t,l}\, \Delta W_l\, S_{t,l})
        \approx \frac{\lambda}{2} \sum_l \mathrm{tr}\Big(\Delta W_l^\top \bar G_l\, \Delta W_l\, \textstyle\sum_t S_{t,l}\Big)
@@ -50,7 +50,7 @@ def interference(
     Example::
 
       others = {name: stats[name] for name in stats if name != task.name}
-      tau = finetune(llora, params, task, penalty=interference(others))
+      tau = finetune(llora, params, task, penalty=interference_penalty(others))
 
     Reference: A. Porrello et al., Dataless Weight Disentanglement in Task Arithmetic via Kronecker-Factored Approximate
     Curvature (TAK), 2026, and for the objective K. Yoshida et al., Mastering Task Arithmetic: tau-Jp as a Key Indicator for
@@ -58,7 +58,7 @@ def interference(
     with weight-space changes does. Their weight, 500, belongs to other units: their mean over tasks has other scales.
     """
     if not statistics:
-        raise ValueError("interference needs the statistics of at least one other task")
+        raise ValueError("interference_penalty needs the statistics of at least one other task")
     kept: dict[str, list[tuple[Any, Any]]] = {}
     for name, found in sorted(statistics.items()):
         missing = next((path for path, moments in found.moments.items() if moments.outputs is None), None)

@@ -13,7 +13,7 @@ import statistics_models as models
 import pefusion_jax as pf
 from pefusion_jax.deltas import dense
 from pefusion_jax.moments import dense_moment
-from pefusion_jax.penalty import interference
+from pefusion_jax.penalty import interference_penalty
 from pefusion_jax.statistics import statistics
 from pefusion_jax.training import parallel
 from pefusion_jax.training.step import init_state, make_step
@@ -39,7 +39,7 @@ def by_hand(stats, changes):
 
 def test_value_and_gradient():
     adapted, params, _, point = models.build()
-    function, arrays = interference({"o": other()}, weight=3.0)
+    function, arrays = interference_penalty({"o": other()}, weight=3.0)
     delta = adapted.deltas(params, point)
     value, gradient = jax.jit(jax.value_and_grad(lambda tree: function(arrays, adapted, params, tree)))(point)
     np.testing.assert_allclose(value, 3 * by_hand([other()], delta.leaves), rtol=1e-5)
@@ -54,11 +54,11 @@ def test_tasks_add_up_and_accumulated_factors_keep_the_trace():
     adapted, params, _, point = models.build()
     stats = {"o": other(), "p": jax.tree.map(lambda leaf: 2.0 * leaf, other())}
     changes = adapted.deltas(params, point).leaves
-    function, arrays = interference(stats, accumulate=False)
+    function, arrays = interference_penalty(stats, accumulate=False)
     cost = jax.jit(function, static_argnums=1)
     np.testing.assert_allclose(cost(arrays, adapted, params, point), by_hand(stats.values(), changes), rtol=1e-5)
     # The tasks' factors are proportional here, so that nothing is lost.
-    function, arrays = interference(stats)
+    function, arrays = interference_penalty(stats)
     scaled = cost(arrays, adapted, params, point)
     np.testing.assert_allclose(scaled, by_hand(stats.values(), changes), rtol=1e-5)
     assert all(len(of_tasks) == 1 for of_tasks in arrays["moments"].values())
@@ -76,13 +76,13 @@ def finetuned(mapping, penalty):
 
 def test_training_with_it_spares_the_other_task():
     adapted, params, _, _ = models.build()
-    penalty = interference({"o": other()}, weight=3.0)
+    penalty = interference_penalty({"o": other()}, weight=3.0)
 
     def harm(tree):
         return by_hand([other()], adapted.deltas(params, tree).leaves)
 
     # At weight 0 it is the same program as without one, plus zero.
-    free, spared = finetuned("pmap", interference({"o": other()}, weight=0.0)), finetuned("pmap", penalty)
+    free, spared = finetuned("pmap", interference_penalty({"o": other()}, weight=0.0)), finetuned("pmap", penalty)
     assert harm(spared) < 0.5 * harm(free)
     mapped = finetuned("shard_map", penalty)
     for one, two in zip(jax.tree.leaves(spared), jax.tree.leaves(mapped), strict=True):
@@ -91,7 +91,7 @@ def test_training_with_it_spares_the_other_task():
 
 def test_its_gradient_is_added_once_for_all_devices_and_crosses_no_wire():
     adapted, params, _, point = models.build()
-    function, arrays = interference({"o": other()})
+    function, arrays = interference_penalty({"o": other()})
     task = models.make_task("t", 1)
     batch = pf.tasks.train_batch(task, 0, 8, 0)
     devices = jax.devices()
@@ -113,7 +113,7 @@ def test_its_gradient_is_added_once_for_all_devices_and_crosses_no_wire():
 
 def test_statistics_of_other_parameters_are_refused():
     adapted, params, _, point = models.build()
-    function, arrays = interference({"o": other()})
+    function, arrays = interference_penalty({"o": other()})
     arrays = {**arrays, "moments": {f"encoder/{path}": moments for path, moments in arrays["moments"].items()}}
     with pytest.raises(
         ValueError, match="the statistics know none of the parameters that change: embed/embedding, .* encoder/embed/embedding"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 import pefusion_jax as pf
-from pefusion_jax.penalty import interference
+from pefusion_jax.penalty import interference_penalty
 from pefusion_jax.runs import FILE, save_run
 from pefusion_jax.training.checkpoint import load_adapters
 
@@ -128,7 +128,7 @@ def train(
     if (folder / FILE).is_file():
         return _read(folder, base, base.steps, rate)
     if KINDS[kind_name].apart:
-        options["penalty"] = interference(base.others(task.name), weight=KINDS[kind_name].apart)
+        options["penalty"] = interference_penalty(base.others(task.name), weight=KINDS[kind_name].apart)
     how = _how(base, adapted, start, mode, rate, seed)
     tree = pf.finetune(adapted, base.params, task, steps=base.steps, **how, **options)
     _save(folder, tree, base, method, mode, start, task=task.name, learning_rate=rate, steps=base.steps)

@@ -89,7 +89,7 @@ def finetune(
       label_smoothing: :math:`\epsilon` of the cross-entropy :math:`(1 - \epsilon)\,\ell + \epsilon / K` times the sum over the
         :math:`K` real classes of their negative log-likelihoods. Of a classification with ``tasks.cross_entropy`` only.
       penalty: ``(function, arrays)`` with ``function(arrays, adapted, params, adapters) -> []``, which is added to the loss, as
-        :func:`~pefusion_jax.penalty.interference` makes it. Equal functions share compiled programs, so let it live at
+        :func:`~pefusion_jax.penalty.interference_penalty` makes it. Equal functions share compiled programs, so let it live at
         module level and put what differs between tasks into the arrays.
 
     Returns:
