@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 import pefusion_jax as pf
+from experiments.rates import best_rate
 from pefusion_jax.penalty import interference_penalty
 from pefusion_jax.runs import FILE, save_run
 from pefusion_jax.training.checkpoint import load_adapters
@@ -161,17 +162,15 @@ def train_together(base: Base, kind_name: str, tasks: Sequence[Any], seed: int, 
     return tree
 
 
-def choose_rate(
-    base: Base, kind_name: str, task: Any, folder: Path, say: Callable[[str], None]
-) -> tuple[float, dict[str, float]]:
-    """Learning rate with the best validation score on one task, seed 0; of equal ones the smallest."""
-    found = {}
-    for rate in KINDS[kind_name].rates:
+def choose_rate(base: Base, kind_name: str, task: Any, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """The learning rate with the best validation score on one task, seed 0, and all scores; see ``best_rate``."""
+
+    def score(rate: float) -> float:
         tree = train(base, kind_name, task, 0, rate, folder / task.name / f"{rate:g}", say)
         adapted = adapted_for(base, kind_name, 0)[1]
-        found[f"{rate:g}"] = pf.evaluate(adapted, base.params, tree, [task], split="validation")[task.name]
-    best = max(found.values())
-    return min(float(rate) for rate, score in found.items() if score == best), found
+        return pf.evaluate(adapted, base.params, tree, [task], split="validation")[task.name]
+
+    return best_rate(score, KINDS[kind_name].rates, lambda text: say(f"{kind_name}, {text}"))
 
 
 def _read(folder: Path, base: Base, steps: int, rate: float) -> Any:

@@ -78,8 +78,16 @@ def _each(name: str, values: tuple[float, ...], make: Callable[[float], fusion.F
     return lambda context: {f"{name} {value:g}": make(value) for value in values}
 
 
-def _gram(**options: Any) -> Options:
-    return lambda context: {"": fusion.gram(context.statistics(), **options)}
+def _fisher(context: Context) -> dict[str, fusion.Fusion]:
+    return {"": fusion.fisher(context.statistics())}
+
+
+def _regmean(context: Context) -> dict[str, fusion.Fusion]:
+    return {"": fusion.regmean(context.statistics(), off_diagonal=0.9)}
+
+
+def _gram(context: Context) -> dict[str, fusion.Fusion]:
+    return {"": fusion.gram(context.statistics())}
 
 
 def _factors(scales: tuple[float, ...]) -> Options:
@@ -148,10 +156,13 @@ METHODS: dict[str, Method] = {
     "Iso-C, norm matched": Method("none", _matched(fusion.iso_c), fixed=True),
     "SVC, norm matched": Method("none", _matched(lambda: fusion.svc(fusion.task_arithmetic(1.0))), fixed=True),
     "WUDI, norm matched": Method("none", _matched(fusion.wudi), fixed=True),
-    "Fisher": Method("statistics", lambda context: {"": fusion.fisher(context.statistics())}),
-    "RegMean": Method("statistics", lambda context: {"": fusion.regmean(context.statistics(), off_diagonal=0.9)}),
-    "Kronecker": Method("statistics", _gram()),
-    "Kronecker, scale 1": Method("statistics", _gram(), fixed=True),
+    "Fisher": Method("statistics", _fisher),
+    "RegMean": Method("statistics", _regmean),
+    "Kronecker": Method("statistics", _gram),
+    # At the length that the statistics give.
+    "Fisher, scale 1": Method("statistics", _fisher, fixed=True),
+    "RegMean, scale 1": Method("statistics", _regmean, fixed=True),
+    "Kronecker, scale 1": Method("statistics", _gram, fixed=True),
     "task arithmetic in factor space": Method(
         "none", _factors((0.125, 0.2, 0.3, 0.45, 0.7, 1.0)), fixed=True, tuned=True, only="lora"
     ),
@@ -166,7 +177,7 @@ METHODS: dict[str, Method] = {
     ),
     "aTLAS": Method(
         "labelled",
-        lambda context: {"": fusion.atlas(context.objective("cross_entropy", 24), steps=30)},
+        lambda context: {"": fusion.atlas(context.objective("cross_entropy", 24), steps=30, learning_rate=0.1)},
         fixed=True,
         only="lora",
     ),
@@ -185,6 +196,7 @@ CONTROLS = (
     "TSV-M",
     "Iso-C",
     "RegMean",
+    "RegMean, scale 1",
     "Kronecker",
     "Kronecker, scale 1",
 )

@@ -174,9 +174,7 @@ def chosen_rates(settings: Settings, base: Base, tasks: Any, rows: Rows, work: P
     for kind in settings.kinds:
         key = f"rate/{kind}"
         if key not in rows:
-            rate, scores = choose_rate(base, kind, task, work / "rates" / kind, say)
-            rows.put(key, kind=kind, task=task.name, rate=rate, validation=scores)
-            say(f"{kind}: learning rate {rate:g} of {scores}")
+            rows.put(key, kind=kind, task=task.name, **choose_rate(base, kind, task, work / "rates" / kind, say))
         found[kind] = rows.found[key]["rate"]
     return found
 

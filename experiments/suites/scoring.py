@@ -14,6 +14,7 @@ from pefusion_jax import evaluation
 
 BATCH = 32
 LENGTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)  # relative to the mean length of the task vectors
+WIDER = 4  # steps that the grid may grow beyond its ends
 
 # (change, scales, split) -> scores at each scale.
 Scorer = Callable[[pf.Delta, Sequence[float], str], list[evaluation.Scores]]
@@ -69,14 +70,21 @@ def best_length(
     """The length, in units, with the best mean validation score relative to ``reference``, and that score.
 
     Without ``at_once``, which takes all lengths in one call, it climbs: every other inner length, then the neighbours of the
-    best until it has none that was not tried.
+    best until it has none that was not tried. While the best is at an end, the grid grows there by its own ratio, at most
+    ``WIDER`` steps in all.
     """
     found: dict[float, float] = {}
     todo = list(lengths) if at_once or len(lengths) < 4 else list(lengths[1:-1:2])
+    most = len(lengths) + (WIDER if len(lengths) > 1 else 0)
     while todo:
         for length, scores in zip(todo, score(direction, [unit * length for length in todo], "validation"), strict=True):
             found[length] = float(np.mean([scores[name] / max(reference[name], 1e-9) for name in scores]))
         place = lengths.index(max(found, key=lambda length: found[length]))
+        if len(lengths) < most and lengths[place] in found and place in (0, len(lengths) - 1):
+            if place == 0:
+                lengths, place = [float(f"{lengths[0] ** 2 / lengths[1]:.2g}"), *lengths], 1
+            else:
+                lengths = [*lengths, float(f"{lengths[-1] ** 2 / lengths[-2]:.2g}")]
         todo = [length for length in lengths[max(place - 1, 0) : place + 2] if length not in found]
     best = max(found, key=lambda length: found[length])
     return best, found[best]
