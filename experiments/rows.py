@@ -25,6 +25,8 @@ class Rows:
         self.path = path
         self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         asked = json.loads(json.dumps(dict(settings)))
+        if self.found and "settings" not in self.found:
+            raise ValueError(f"{path} does not say with which settings its rows were made; name another --out")
         if self.found.setdefault("settings", asked) != asked:
             raise ValueError(f"{path} holds rows of {self.found['settings']}, but asked for is {asked}; name another --out")
 

@@ -105,7 +105,8 @@ def main(settings: Settings) -> None:
     middle = settings.shots[len(settings.shots) // 2]
     for way in ways:
         untuned = way.endswith("as it is")
-        if f"rate/{way}" not in rows:
+        rate_key = f"rate/{way}/{settings.targets[0]}/{middle}/{settings.seeds[0]}"
+        if rate_key not in rows:
             task = next(iter(labelled.values()))
             trial = dataclasses.replace(task, validation=task.validation[: settings.validation_examples])
             few = few_of(trial, middle, settings.seeds[0])
@@ -115,14 +116,15 @@ def main(settings: Settings) -> None:
 
             rates = (0.0,) if untuned else PROTOTYPE_RATES if way.endswith("prototype") else RATES
             chosen = best_rate(validated, rates, lambda text, way=way: say(f"{way}, {text}"))  # type: ignore[misc]
-            rows.put(f"rate/{way}", **chosen)
+            rows.put(rate_key, **chosen)
         for name, task in labelled.items():
             for shots in settings.shots:
                 for seed in settings.seeds:
                     key = f"{way}/{name}/{shots}/{seed}"
                     if key not in rows:
-                        found = score(way, task, few_of(task, shots, seed), rows[f"rate/{way}"]["rate"], seed, "test")
-                        rows.put(key, way=way, task=name, shots=shots, seed=seed, score=found.mean)
+                        rate = rows[rate_key]["rate"]
+                        found = score(way, task, few_of(task, shots, seed), rate, seed, "test")
+                        rows.put(key, way=way, task=name, shots=shots, seed=seed, rate=rate, score=found.mean)
                         say(f"{way}, {name}, {shots} shots, seed {seed}: {found.mean:.3f}")
     write(rows.found, settings.out)
 

@@ -89,6 +89,8 @@ def main(settings: Settings) -> None:
         report(rows.found, settings.out)
         return
     base, tasks = load(settings)
+    same_data(rows, work, tasks)
+    tasks = [dataclasses.replace(task, test=_by_length(task.test[: settings.test_examples])) for task in tasks]
     say(f"{base.name}: {len(tasks)} tasks: {', '.join(task.name for task in tasks)}")
     if "zero-shot" not in rows:
         plain = adapted_for(base, "lora", 0)[1]
@@ -134,7 +136,6 @@ def load(settings: Settings) -> tuple[Base, list[Any]]:
         raise ValueError("the glue suite reads a local extract: name its folder with --data")
     else:
         tasks = data.glue_tasks(model, params, pf.load_tokenizer(name), root)
-    tasks = [dataclasses.replace(task, test=_by_length(task.test[: settings.test_examples])) for task in tasks]
     targets = r".*/(query|value|q|v)"
     work = settings.work or default_root() / "adapters" / settings.suite
 
@@ -152,6 +153,25 @@ def load(settings: Settings) -> tuple[Base, list[Any]]:
     example = task_tools.train_batch(tasks[0], 0, settings.batch_size, 0)["inputs"]
     base = Base(name, model, params, *shape, example, others)
     return base, tasks
+
+
+def same_data(rows: Rows, work: Path, tasks: Sequence[Any]) -> None:
+    """Adapters, statistics and scores that are there were made on these tasks: the same examples and the same heads.
+
+    Raises:
+      ValueError: if not, naming the task.
+    """
+    asked = {task.name: data.fingerprint(task) for task in tasks}
+    kept = Rows(work / "tasks.json", {})
+    for where, store in ((rows.path, rows), (work, kept)):
+        found = store.found.get("tasks", asked)
+        for name in asked:
+            if not data.same(found.get(name), asked[name]):
+                raise ValueError(
+                    f"{where} was made with other examples or another head of {name}; name another --out and --work"
+                )
+        if "tasks" not in store:
+            store.put("tasks", **asked)
 
 
 def _untrained(base: Base, tasks: Any) -> tuple[pf.Adapted, dict[str, Any], Any, Any]:
@@ -244,8 +264,10 @@ def measure(base: Base, tasks: Any, kind: str, seed: int, tuned: Tuned, rows: Ro
     }
     for name, part in parts.items():
         key = f"claims/{kind}/{name}"
+        if key in rows and rows[key]["seed"] != seed:
+            raise ValueError(f"{rows.path} holds {key} of seed {rows[key]['seed']}; put that seed first, or name another --out")
         if key not in rows:
-            rows.put(key, **part())
+            rows.put(key, seed=seed, **part())
             say(f"{kind}: {name}: {rows.found[key]}")
 
 
