@@ -59,8 +59,12 @@ def fuse(given: Fuse) -> None:
 
     if len(given.runs) < 2:
         raise ValueError("fuse needs at least two runs: pefusion fuse RUN RUN ... --out DIR")
-    if twice := [name for place, name in enumerate(given.runs) if name in given.runs[:place]]:
-        raise ValueError(f"{twice[0]} is named twice; name each run once")
+    seen: dict[Path, str] = {}
+    for name in given.runs:
+        if (folder := Path(name).resolve()) in seen:
+            again = "" if seen[folder] == name else f" ({folder}, as {seen[folder]})"
+            raise ValueError(f"{name} is named twice{again}; name each run once")
+        seen[folder] = name
     if given.space == "adapter":
         for option, value in (("--match-norm", given.match_norm), ("--scales", given.scales), ("--rank", given.rank)):
             if value:

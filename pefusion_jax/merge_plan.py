@@ -20,6 +20,9 @@ from pefusion_jax.interop.weights import Weights, open_weights
 from pefusion_jax.trees import did_you_mean
 
 _LAYER = re.compile(r"((?:^|.*?\.)(?:layers?|blocks?|h))\.(\d+)\.(.+)")
+# NeoX calls its head embed_out, TransformerLens unembed; OPT and CLIP have more before their layers than tables.
+_TABLE = re.compile(r"(?<!un)embed(?!_out)|\bw[tp]e\b|shared\.weight|attention_bias")
+_ENTRANCE = re.compile(r"project_in\b|pre_layrnorm|ln_pre\b")
 _SAME_CONFIG = ("model_type", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
 _FLOATS = tuple(jnp.dtype(name) for name in DTYPES)
 
@@ -32,7 +35,7 @@ class Tensor(NamedTuple):
       inputs: ``(model, name)`` of the tensors it is made from, the base first if the job is based on it.
       shape: of all of them.
       dtype: of the result.
-      job: how; ``None`` copies the first input.
+      job: how; ``None`` copies the first input, which the others have to equal: these are no floats.
     """
 
     name: str
@@ -75,7 +78,7 @@ def make_plan(recipe: Recipe, seed: int) -> Plan:
       ValueError: if models do not fit together, or the method does not take what it is given.
       FileNotFoundError: if a folder or its weights are not there.
     """
-    models = {name: _open(name) for name in recipe.models}
+    recipe, models = _opened(recipe)
     first = recipe.models[0]
     _require_alike(models)
     tensors = []
@@ -91,11 +94,50 @@ def make_plan(recipe: Recipe, seed: int) -> Plan:
     return Plan(models, tuple(tensors), config)
 
 
-def _open(name: str) -> Model:
-    folder = hub.locate(name).path
+def is_table(name: str) -> bool:
+    """Whether a tensor outside of the layers, or a matrix anywhere, is by its name an embedding, or belongs to one."""
+    return _TABLE.search(name) is not None
+
+
+def _opened(recipe: Recipe) -> tuple[Recipe, dict[str, Model]]:
+    """The models of a recipe, each opened once, and the recipe with one name for each: ``a``, ``a/`` and ``./a`` are one.
+
+    Raises:
+      ValueError: if models that are combined are one, or a parameter would have no effect, naming the line.
+    """
+    folders = {name: hub.locate(name).path for name in recipe.models}
+    names: dict[Path, str] = {}
+    first = {name: names.setdefault(folder.resolve(), name) for name, folder in folders.items()}
+    for part in recipe.slices:
+        seen: dict[str, Source] = {}
+        for source in part.sources:
+            other = seen.setdefault(first[source.model], source)
+            if other is not source:
+                again = "" if other.model == source.model else f" ({folders[source.model].resolve()}, as {other.model})"
+                raise ValueError(f"{source.where}: {source.model} is named twice{again}; name each model once")
+            if recipe.ours and first[source.model] == recipe.base and source.parameters:
+                raise ValueError(
+                    f"{source.where}: parameters of base_model ({', '.join(source.parameters)}) have no effect: "
+                    f"{recipe.method} combines what the other models change of it; give parameters to those, or leave "
+                    "base_model out"
+                )
+    slices = tuple(
+        part._replace(sources=tuple(source._replace(model=first[source.model]) for source in part.sources))
+        for part in recipe.slices
+    )
+    return recipe._replace(slices=slices), {name: _open(name, folders[name]) for name in names.values()}
+
+
+def _open(name: str, folder: Path) -> Model:
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{name} is a PEFT adapter; a merge of files is of whole models: pefusion convert {name} --out FOLDER")
-    return Model(folder, read_config(folder), open_weights(folder))
+    config = read_config(folder)
+    if config.get("quantization_config") is not None:
+        raise ValueError(
+            f"{folder / hub.CONFIG}: quantization_config is set: the weights are packed numbers, and nothing can be computed "
+            "with those; dequantize the model first (transformers: model.dequantize()), save it, and merge that"
+        )
+    return Model(folder, config, open_weights(folder))
 
 
 def _require_alike(models: Mapping[str, Model]) -> None:
@@ -140,7 +182,7 @@ def _layout(recipe: Recipe, models: Mapping[str, Model]) -> Iterator[tuple[str, 
 
     def part_of(name: str) -> Slice:
         # What comes before the layers is the first slice's, what comes after them the last one's.
-        return recipe.slices[0 if "embed" in name else -1]
+        return recipe.slices[0 if is_table(name) or _ENTRANCE.search(name) else -1]
 
     for part in recipe.slices:
         for source in part.sources:
@@ -179,16 +221,8 @@ def _tensor(
     rows: Sequence[tuple[Source, str]],
     depth: float,
 ) -> Tensor:
-    base = None
-    if recipe.base is not None:
-        base = next((row for row in rows if row[0].model == recipe.base), None)
-        if base is None and part.sources[0].layers is None:
-            base = (Source(recipe.base, {}), name)
-        if base is None:
-            raise ValueError(
-                f"base_model {recipe.base} is not among the sources of the slice that {name} comes from; list it there"
-            )
-    others = [row for row in rows if base is None or row[0].model != recipe.base]
+    base = _base(recipe, part, name, rows)
+    others = [row for row in rows if row is not base]
     if base is not None and not others:
         raise ValueError(f"there is nothing to merge into base_model {recipe.base}: list other models")
     ordered = [*([base] if base is not None else []), *others]
@@ -200,13 +234,13 @@ def _tensor(
         infos.append(model.weights.infos[own])
     reference = infos[0]
     inputs = tuple((source.model, own) for source, own in ordered)
-    if reference.dtype not in _FLOATS:
+    copied = reference.dtype not in _FLOATS
+    if copied:
         if jnp.issubdtype(reference.dtype, jnp.floating) or reference.dtype.kind == "c":
             raise WeightFileError(
                 models[inputs[0][0]].weights.file_of(inputs[0][1]), "a merge is of float32, bfloat16 and float16 tensors",
                 tensor=inputs[0][1], found=reference.dtype, remedy="convert the model first: pefusion convert --dtype float32",
             )  # fmt: skip
-        return Tensor(name, inputs, reference.shape, reference.dtype, None)
     for (owner, own), info in zip(inputs, infos, strict=True):
         path = models[owner].weights.file_of(own)
         if info.shape != reference.shape:
@@ -217,21 +251,47 @@ def _tensor(
                 remedy="the models have different vocabularies: give both the same one first (transformers: "
                 "resize_token_embeddings), or leave that model out" if vocabulary else "merge models of one architecture",
             )  # fmt: skip
-        if info.dtype not in _FLOATS:
+        if info.dtype != reference.dtype if copied else info.dtype not in _FLOATS:
             raise WeightFileError(
                 path, f"a tensor is not of a kind that goes with {reference.dtype} in {inputs[0][0]}", tensor=own,
-                expected=", ".join(DTYPES), found=info.dtype,
-                remedy="convert the model first: pefusion convert --dtype float32",
+                expected=reference.dtype.name if copied else ", ".join(DTYPES), found=info.dtype.name,
+                remedy="merge models that were saved alike" if copied else
+                "convert the model first: pefusion convert --dtype float32",
             )  # fmt: skip
+    if copied:
+        return Tensor(name, inputs, reference.shape, reference.dtype, None)
     dtype = jnp.dtype(recipe.dtype) if recipe.dtype is not None else reference.dtype
     try:
-        job = _job(recipe, part, [row[0] for row in others], base is not None, name, depth, seed)
+        job = _job(recipe, part, others, base is not None, name, depth, seed)
     except ValueError as error:
         raise ValueError(f"{recipe.method}, tensor {name}: {error}") from error
     return Tensor(name, inputs, reference.shape, dtype, job)
 
 
-def _job(recipe: Recipe, part: Slice, sources: Sequence[Source], based: bool, tensor: str, depth: float, seed: int) -> Job:
+def _base(recipe: Recipe, part: Slice, name: str, rows: Sequence[tuple[Source, str]]) -> tuple[Source, str] | None:
+    """The base, and the tensor's name there; none if there is none, or if it has no part in the method."""
+    if recipe.base is None:
+        return None
+    listed = next((row for row in rows if row[0].model == recipe.base), None)
+    of_layers = part.sources[0].layers is not None
+    # As in mergekit: a base names the model whose configuration is copied; beside models it is one more of them.
+    if not recipe.ours and recipe.method == "passthrough" and (of_layers or listed is not None):
+        return None
+    if listed is None and of_layers:
+        raise ValueError(
+            f"base_model {recipe.base} is not among the sources of the slice that {name} comes from; list it there"
+        )
+    return listed if listed is not None else (Source(recipe.base, {}), name)
+
+
+def _job(
+    recipe: Recipe, part: Slice, rows: Sequence[tuple[Source, str]], based: bool, tensor: str, depth: float, seed: int
+) -> Job:
+    """What the method does with the tensor of that name in the result, from those in ``rows``.
+
+    Filters of what each model has of its own are for the tensor's name there, which in slices is another layer's.
+    """
+    sources = [source for source, _ in rows]
     whole: list[Settings] = [part.parameters, recipe.parameters]
     if recipe.ours:
         known = named.our_parameters(recipe.method)
@@ -243,7 +303,7 @@ def _job(recipe: Recipe, part: Slice, sources: Sequence[Source], based: bool, te
                 shared[key] = value
         each: dict[str, list[Any]] = {}
         for key in sorted(per_model):
-            values = [lookup([source.parameters, *whole], key, tensor, depth) for source in sources]
+            values = [lookup([source.parameters, *whole], key, own, depth) for source, own in rows]
             for source, value in zip(sources, values, strict=True):
                 if value is None:
                     raise ValueError(f"{source.model} has no {key}, but other models have one")
@@ -254,10 +314,10 @@ def _job(recipe: Recipe, part: Slice, sources: Sequence[Source], based: bool, te
     given: dict[str, Any] = {}
     lists: dict[str, list[Any]] = {}
     for key, parameter in named.MERGEKIT[recipe.method].items():
-        scopes = [[source.parameters, *whole] for source in sources] if parameter.per_model else [whole]
+        scopes = [([source.parameters, *whole], own) for source, own in rows] if parameter.per_model else [(whole, tensor)]
         settled: list[Any] = []
-        for place, scope in enumerate(scopes):
-            value = lookup(scope, key, tensor, depth)
+        for place, (scope, own) in enumerate(scopes):
+            value = lookup(scope, key, own, depth)
             where = f"{key} of {sources[place].model}" if parameter.per_model else key
             if value is None and parameter.default is named.REQUIRED:
                 raise ValueError(f"{where} is missing: write it under parameters")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import queue
 from collections import deque
@@ -27,7 +28,7 @@ from pefusion_jax.interop.hub import CONFIG, INDEX
 from pefusion_jax.interop.pieces import Pieces, Writer, writing
 from pefusion_jax.interop.safetensors import aligned
 from pefusion_jax.interop.weights import write_index
-from pefusion_jax.merge_plan import Plan, Tensor, make_plan
+from pefusion_jax.merge_plan import Plan, Tensor, is_table, make_plan
 
 Progress = Callable[[int, int, str], None]
 
@@ -41,7 +42,7 @@ class Merged(NamedTuple):
       models: the base, if there is one, first.
       base: the model that task vectors are relative to.
       tensors: number of them.
-      copied: how many are no floats, and are the first model's.
+      copied: how many are no floats, and are the same in every model.
       bytes_read, bytes_written: of tensors, each read once (TIES with a density below 1 reads two or three times).
       peak_bytes: estimate of the memory taken beside the interpreter and its libraries.
       files: names in the folder.
@@ -76,7 +77,8 @@ def merge_files(
 
     Methods that treat coordinates by themselves, and TIES trimmed by tensor, go in chunks of a million entries, so that no
     tensor is ever held. All others hold one tensor of every model in float32, and the next one as it is stored. Reading,
-    computing and writing overlap. Arithmetic is in float32; tensors that are no floats are the base's, or the first model's.
+    computing and writing overlap. Arithmetic is in float32. Tensors that are no floats, such as tables of positions, have to be
+    the same in every model, and are copied; they are compared before anything is written.
 
     The result depends on the tensors, the recipe and the seed alone: not on how the inputs are cut into files, nor on threads.
     Methods see each tensor by itself, under its Hugging Face name, and matrices as ``[inputs, outputs]``, as everywhere in
@@ -99,8 +101,9 @@ def merge_files(
       What was written, or would be.
 
     Raises:
-      ValueError: naming file and tensor, if models do not fit together, or weights or the result are not finite; if a method
-        compares tensors with each other, with the remedy; or if a model lies in ``out``.
+      ValueError: naming file and tensor, if models do not fit together, are quantized or have integers that differ, or weights
+        or the result are not finite; if a method compares tensors with each other, with the remedy; or if a model lies in
+        ``out``.
       FileExistsError: if ``out`` is not empty.
     """
     if threads < 1:
@@ -110,6 +113,7 @@ def merge_files(
     files.require_free(target, overwrite)
     plan = make_plan(given, seed)
     files.require_apart(target, *(model.folder for model in plan.models.values()))
+    _require_same_integers(plan)
     kinds = {tensor.name: (tensor.dtype, tensor.shape) for tensor in plan.tensors}
     shards = saving.plan_shards(kinds, shard_size)
     first = next(iter(plan.models))
@@ -146,7 +150,7 @@ def merge_files(
         card = model_card(
             target.name,
             base_model=given.base or first,
-            models=[name for name in given.models if name != given.base],
+            models=[name for name in plan.models if name != given.base],
             method=f"{given.method} ({'a method of pefusion_jax.fusion' if given.ours else 'as in mergekit'})",
             settings=given.content,
             command=command,
@@ -156,6 +160,28 @@ def merge_files(
         settings = {"recipe": given.content, "seed": seed, "shard_size": shard_size}
         manifest.write_manifest(folder, inputs=inputs, settings=settings, known=digests)
     return _summary(given, plan, out, threads, [file.name for file in target.iterdir()])
+
+
+def _require_same_integers(plan: Plan) -> None:
+    """Refuses tensors that are no floats and differ: they count, point or are packed, and have no mean."""
+    with contextlib.ExitStack() as stack:
+        opened = {name: stack.enter_context(contextlib.closing(Pieces(model.weights))) for name, model in plan.models.items()}
+        for tensor in plan.tensors:
+            if tensor.job is not None or len(tensor.inputs) < 2:
+                continue
+            buffers = [aligned(min(tensor.size, CHUNK) * tensor.dtype.itemsize) for _ in tensor.inputs]
+            for start, count in streamed.chunks(tensor.size):
+                first, *others = (
+                    opened[model].read(name, start, count, buffer)
+                    for (model, name), buffer in zip(tensor.inputs, buffers, strict=True)
+                )
+                for (model, name), other in zip(tensor.inputs[1:], others, strict=True):
+                    if not np.array_equal(first, other):
+                        raise WeightFileError(
+                            opened[model].file_of(name), f"a tensor of {tensor.dtype} is not that of {tensor.inputs[0][0]}",
+                            tensor=name, expected="equal numbers, which are copied: only floats are merged",
+                            remedy="packed weights have to be dequantized first; of anything else give all models the same",
+                        )  # fmt: skip
 
 
 def _summary(recipe: Recipe, plan: Plan, out: Any, threads: int, names: Sequence[str]) -> Merged:
@@ -172,7 +198,7 @@ def _summary(recipe: Recipe, plan: Plan, out: Any, threads: int, names: Sequence
     return Merged(
         os.fspath(out),
         recipe.method,
-        recipe.models,
+        tuple(plan.models),
         recipe.base,
         len(plan.tensors),
         sum(tensor.job is None for tensor in plan.tensors),
@@ -337,6 +363,6 @@ def _orientation(tensor: Tensor) -> tuple[str, Callable[[jax.Array], jax.Array],
     dims = len(tensor.shape)
     if dims < 2:
         return tensor.name, same, same
-    if dims == 2 and any(word in tensor.name for word in ("embed", "wte", "wpe", "shared.weight", "attention_bias")):
+    if dims == 2 and is_table(tensor.name):
         return f"{tensor.name}/embedding", same, same
     return tensor.name, lambda array: jnp.moveaxis(array, 0, -1), lambda array: jnp.moveaxis(array, -1, 0)

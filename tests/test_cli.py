@@ -156,8 +156,10 @@ def test_runs_that_would_be_lost_or_count_once_are_refused(out, tmp_path, capsys
     pair = [str(out / "plain_spam"), str(out / "plain_intents")]
     assert main(["fuse", *pair, "--out", str(out), "--overwrite"]) == 1
     assert "would be replaced" in capsys.readouterr().err and (out / "plain_spam" / "config.json").is_file()
-    assert main(["fuse", pair[0], pair[0], "--out", str(tmp_path / "fused")]) == 1
-    assert "named twice" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(pair[0])
+    for again in (pair[0], pair[0] + "/", str(out / "." / "plain_intents" / ".." / "plain_spam"), str(tmp_path / "link")):
+        assert main(["fuse", *pair, again, "--out", str(tmp_path / "fused")]) == 1
+        assert f"{again} is named twice" in capsys.readouterr().err
     run, base = pf.load_run(pair[0]), tmp_path / "base"
     pf.save_pretrained(base, run.model, run.params)
     for name in ("one", "two"):

@@ -61,7 +61,9 @@ def root(models, tmp_path_factory):
 
 
 def recipe(root, head, parameters="", models=TASKS, base="base", each=""):
-    listed = "".join(f"- {{model: '{root / name}'{f', parameters: {{{each}}}' if each else ''}}}\n" for name in models)
+    listed = "".join(
+        f"- {{model: '{os.path.join(root, name)}'{f', parameters: {{{each}}}' if each else ''}}}\n" for name in models
+    )
     first = f"base_model: '{root / base}'\n" if base else ""
     return parse_recipe(f"{head}\n{first}models:\n{listed}parameters: {{{parameters}}}\n")
 
@@ -161,6 +163,25 @@ def test_mergekits_own_results(case, root, tmp_path):
         assert pf.load_pretrained(tmp_path / "out")[0].config.num_hidden_layers == 6
 
 
+def test_passthrough_copies_one_model_whatever_the_base(models, root, tmp_path):
+    """A base_model names whose configuration is copied: mergekit ignores it in slices, and counts it among models."""
+    merge_files(recipe(root, "merge_method: passthrough", models=["base"]), tmp_path / "base")
+    same(read(tmp_path / "base"), models["base"], 0, 0)
+    for models_given in (["one"], ["base", "one"]):
+        with pytest.raises(ValueError, match="passthrough copies one model"):
+            merge_files(recipe(root, "merge_method: passthrough", models=models_given), tmp_path / "out")
+    slices = "".join(f"- sources: [{{model: '{root / name}', layer_range: [0, 2]}}]\n" for name in ("one", "two"))
+    for number, base in enumerate(("", f"base_model: '{root / 'one'}'\n", f"base_model: '{root / 'three'}'\n")):
+        merge_files(parse_recipe(f"merge_method: passthrough\n{base}slices:\n{slices}"), tmp_path / f"{number}")
+        found = read(tmp_path / f"{number}")
+        layer = "model.layers.{}.mlp.up_proj.weight".format
+        for name, task, own in (
+            ("model.embed_tokens.weight", "one", None), (layer(1), "one", layer(1)), (layer(2), "two", layer(0)),
+            ("lm_head.weight", "two", None),
+        ):  # fmt: skip
+            np.testing.assert_array_equal(found[name], models[task][own or name])
+
+
 def test_densities_of_each_model_draw_as_one_density_would(models, root, tmp_path):
     text = make_merge.resolved(
         "merge_method: dare_linear\nbase_model: base\nmodels:\n- {model: one, parameters: {weight: 1, density: 0.5}}\n"
@@ -198,7 +219,7 @@ def test_half_precision_is_computed_in_float32_and_what_is_no_float_is_copied(mo
     halves = {task: read(root / f"{task}_bf16") for task in TASKS}
     for task in TASKS:
         counts = {
-            "model.position_ids": np.arange(3) + len(task),
+            "model.position_ids": np.arange(3) + 3,
             "model.flag": np.asarray([True, False]),
             "model.none": np.zeros((0, 2), np.float32),
         }
@@ -311,6 +332,120 @@ def test_refusals_name_file_and_tensor(models, root, tmp_path):
     refused("linear .* has no base_model", recipe(root, "merge_method: linear", "weight: 1"))
     refused("slerp is between", recipe(root, "merge_method: slerp", "t: 0.5"))
     refused("threads must be at least 1", recipe(root, "method: average"), threads=0)
+
+
+def test_packed_numbers_are_not_merged(models, root, tmp_path):
+    """GPTQ's checkpoints hold their weights as int32; a mean of those, or the first one's beside averaged scales, is noise."""
+    packed = np.arange(6, dtype=np.int32).reshape(2, 3)
+    write(tmp_path / "marked", models["one"], {**make_merge.CONFIG, "quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(ValueError, match="marked/config.json: quantization_config is set.*dequantize the model first"):
+        merge_files(recipe(root, "method: average", models=["one", tmp_path / "marked"]), tmp_path / "out")
+    for task, own in (("base", packed), ("one", packed), ("two", packed + np.eye(2, 3, 2, np.int32)), ("three", packed + 0.0)):
+        write(tmp_path / task, models[task] | {"model.layers.0.qweight": own})
+    write(tmp_path / "wide", models["one"] | {"model.layers.0.qweight": packed.astype(np.int64)})
+    merge_files(recipe(tmp_path, "method: average", models=["one"]), tmp_path / "same")
+    np.testing.assert_array_equal(read(tmp_path / "same")["model.layers.0.qweight"], packed)
+    for other, message in (
+        ("two", "a tensor of int32 is not that of .*base.*qweight.*packed weights have to be dequantized"),
+        ("three", "not of a kind that goes with int32 in .*base.*expected: int32.*found: .*float"),
+        ("wide", "not of a kind that goes with int32 in .*base.*expected: int32.*found: int64"),
+    ):
+        for dry_run in (True, False):
+            with pytest.raises(ValueError, match=f"(?s){other}/model.safetensors: .*{message}"):
+                merge_files(recipe(tmp_path, "method: average", models=["one", other]), tmp_path / "out", dry_run=dry_run)
+    assert not [file for file in tmp_path.iterdir() if "out" in file.name]
+
+
+def test_a_model_is_one_however_its_folder_is_written(models, root, tmp_path):
+    (tmp_path / "link").symlink_to(root / "one")
+    linear = "merge_method: task_arithmetic"
+    for again in (root / "one", f"{root / 'one'}/", f"{root}/./two/../one", tmp_path / "link"):
+        with pytest.raises(ValueError, match=rf"recipe, line 6: models\[2\]: {again} is named twice"):
+            merge_files(recipe(root, linear, "weight: 1", models=["one", "two", again]), tmp_path / "out")
+    # The base is known by its folder, too; what stands at it has no effect in mergekit.
+    for number, base in enumerate(("base", f"{root / 'base'}/")):
+        merge_files(recipe(root, linear, "weight: 0.5, normalize: true", models=[base, "one", "two"]), tmp_path / f"{number}")
+        same(read(tmp_path / f"{number}"), by_fuse(pf.fusion.task_arithmetic(0.5), models, TASKS[:2]))
+    # Slices may take layers of one model again, but a slice may not.
+    given = "merge_method: linear\nparameters: {weight: 1}\nslices:\n- sources:\n"
+    given += f"  - {{model: '{root / 'one'}', layer_range: [0, 2]}}\n"
+    merged = merge_files(
+        parse_recipe(given + f"- sources: [{{model: '{root / 'one'}/', layer_range: [1, 3]}}]\n"), tmp_path / "cut"
+    )
+    assert merged.models == (str(root / "one"),)
+    with pytest.raises(ValueError, match=r"line 6: slices\[0\].sources\[1\]: .*one/ is named twice \(.*one, as .*one\)"):
+        merge_files(parse_recipe(given + f"  - {{model: '{root / 'one'}/', layer_range: [1, 3]}}\n"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("base", ["base", "base/"])
+def test_parameters_at_the_base_of_a_method_of_ours_are_refused(base, root, tmp_path):
+    text = f"method: weighted_average\nbase_model: '{root / 'base'}'\nmodels:\n"
+    text += f"- {{model: '{root / 'one'}', parameters: {{weight: 1}}}}\n"
+    listed = f"- {{model: '{root}/{base}', parameters: {{weight: 0.5}}}}\n"
+    with pytest.raises(ValueError, match=r"recipe, line 5: models\[1\]: parameters of base_model \(weight\) have no effect"):
+        merge_files(parse_recipe(text + listed), tmp_path / "out")
+    merge_files(parse_recipe(text + listed.partition(", parameters")[0] + "}\n"), tmp_path / "out")
+
+
+GPT2 = ("wte.weight", "wpe.weight", "h.0.attn.weight", "h.1.attn.weight", "ln_f.weight")
+NEOX = ("gpt_neox.embed_in.weight", "gpt_neox.layers.0.w", "gpt_neox.layers.1.w", "gpt_neox.final_norm", "embed_out.weight")
+OPT = (
+    "decoder.embed_tokens.weight",
+    "decoder.project_in.weight",
+    "decoder.layers.0.w",
+    "decoder.layers.1.w",
+    "project_out.weight",
+)
+
+
+@pytest.mark.parametrize(("names", "before"), [(GPT2, 3), (NEOX, 2), (OPT, 3)], ids=["gpt2", "neox", "opt"])
+def test_slices_take_what_is_before_the_layers_from_the_first_and_the_head_from_the_last(names, before, tmp_path):
+    for value, task in enumerate(("one", "two")):
+        write(tmp_path / task, {name: np.full((2, 2), value, np.float32) for name in names}, {"num_hidden_layers": 2})
+    first, second = (
+        {"sources": [{"model": str(tmp_path / task), "layer_range": [i, i + 1]}]} for i, task in enumerate(("one", "two"))
+    )
+    merge_files(parse_recipe(json.dumps({"merge_method": "passthrough", "slices": [first, second]})), tmp_path / "out")
+    found = read(tmp_path / "out")
+    assert [found[name].max() for name in names] == [0] * before + [1] * (len(names) - before)
+
+
+def test_a_head_that_is_called_an_embedding_is_a_matrix():
+    for name, shape, table in (
+        ("embed_out.weight", (9, 4), False),
+        ("unembed.weight", (9, 4), False),
+        ("wte.weight", (9, 4), True),
+        ("lm.wte_proj", (9, 4), False),
+    ):
+        path, to_ours, _ = merging._orientation(merging.Tensor(name, (), shape, np.dtype("float32"), None))
+        assert path == (f"{name}/embedding" if table else name)
+        assert to_ours(jnp.zeros(shape)).shape == (shape if table else shape[::-1])
+
+
+def test_filters_in_slices_are_for_each_models_own_tensor_and_shared_ones_for_the_results(models, root, tmp_path):
+    """Layers 1 of one, then 0 of one with 3 of two; what a layer is there or here decides, as in mergekit."""
+    layer = "model.layers.{}.mlp.up_proj.weight".format
+    weight = [{"filter": "layers.0.", "value": 4}, {"filter": "layers.3.", "value": 1}, {"value": 2}]
+    own = {"parameters": {"weight": weight}}
+    first = {"model": str(root / "one"), "layer_range": [1, 2]}
+    second = [{"model": str(root / task), "layer_range": [n, n + 1]} for task, n in (("one", 0), ("two", 3))]
+    given = {
+        "merge_method": "linear",
+        "parameters": {"weight": weight, "normalize": [{"filter": "layers.0.", "value": False}, {"value": True}]},
+        "slices": [{"sources": [first]}, {"sources": second}],
+    }
+    merge_files(parse_recipe(json.dumps(given)), tmp_path / "out")
+    found = read(tmp_path / "out")
+    np.testing.assert_allclose(found[layer(0)], 2 * models["one"][layer(1)], rtol=1e-6)
+    wanted = 0.8 * models["one"][layer(0)] + 0.2 * models["two"][layer(3)]
+    np.testing.assert_allclose(found[layer(1)], wanted, atol=1e-6)
+    given = {
+        "method": "weighted_average",
+        "parameters": {"normalize": True},
+        "slices": [{"sources": [s | own for s in second]}],
+    }
+    merge_files(parse_recipe(json.dumps(given)), tmp_path / "ours")
+    np.testing.assert_allclose(read(tmp_path / "ours")[layer(0)], wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["lm_head.extra", "model.embed_tokens.extra", "model.layers.1.mlp.extra"])

@@ -23,8 +23,9 @@ def slerp(
        \cos\Omega = \frac{\langle\tau_1, \tau_2\rangle}{\|\tau_1\|\,\|\tau_2\|}
 
     The angle is that of the whole trees, or with ``conform="mergekit"`` or ``"fusion_bench"`` that of each tensor. Where they
-    are (anti)parallel or one is zero, the interpolation is linear. Both tools interpolate whole weights, not changes: give
-    them whole trees of weights to compare. mergekit's ``nuslerp`` is the same of changes.
+    are (anti)parallel or one is zero, the interpolation is linear; to the tools a tensor of length 1e-8 or less is at right
+    angles to the other, and the second one then weighs :math:`\sin(t\,\pi/2)`. Both tools interpolate whole weights, not
+    changes: give them whole trees of weights to compare. mergekit's ``nuslerp`` is the same of changes.
 
     Args:
       t: place between the first tree, by name, (0) and the second (1); may be traced.
@@ -44,10 +45,13 @@ def slerp(
         if len(leaves[0]) != 2:
             raise ValueError(f"slerp is between two trees, but got {len(leaves[0])}; use average for more")
         inner = sum(jnp.sum(leaf[0] * leaf[1]) for leaf in leaves)
-        norms = jnp.sqrt(
-            sum(jnp.sum(jnp.square(leaf[0])) for leaf in leaves) * sum(jnp.sum(jnp.square(leaf[1])) for leaf in leaves)
-        )
-        cosine = jnp.where(norms > 0, inner / jnp.where(norms > 0, norms, jnp.ones_like(norms)), jnp.ones_like(norms))
+        lengths = [jnp.sqrt(sum(jnp.sum(jnp.square(leaf[i])) for leaf in leaves)) for i in range(2)]
+        if conform == "paper":
+            norms = lengths[0] * lengths[1]
+            cosine = jnp.where(norms > 0, inner / jnp.where(norms > 0, norms, jnp.ones_like(norms)), jnp.ones_like(norms))
+        else:
+            one, other = (jnp.where(length > 1e-8, length, jnp.ones_like(length)) for length in lengths)
+            cosine = inner / one / other
         straight = jnp.abs(cosine) > threshold
         angle = jnp.arccos(jnp.where(straight, jnp.zeros_like(cosine), cosine))
         place = jnp.asarray(t, angle.dtype)

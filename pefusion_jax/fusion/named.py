@@ -103,6 +103,8 @@ def mergekit_job(
             raise ValueError(f"the weights {list(each['weight'])} add up to 0; set normalize: false")
         return Job(False, tuple(w / total if shared["normalize"] else w for w in each["weight"]))
     if name == "passthrough":
+        if based:
+            raise ValueError("passthrough copies one model, and base_model is another one: leave base_model out")
         if count != 1:
             raise ValueError(f"passthrough copies one model, but {count} are given; use slices, each with one source")
         return Job(False, (each["scale"][0],))

@@ -10,7 +10,7 @@
       - model: path/of/second
         parameters:
           density: 0.5
-          weight: [{filter: mlp, value: 0.7}, {value: 0.3}]    # the first filter that the tensor's name contains
+          weight: [{filter: mlp, value: 0.7}, {value: 0.3}]    # the first filter that the tensor's name there contains
     parameters: {normalize: true}
     out_dtype: bfloat16
 
@@ -59,11 +59,12 @@ Settings = Mapping[str, Setting]
 
 
 class Source(NamedTuple):
-    """A model, its own parameters, and for slices the layers ``[first, last)`` that are taken from it."""
+    """A model, its own parameters, for slices the layers ``[first, last)`` that are taken from it, and where it stands."""
 
     model: str
     parameters: Settings
     layers: tuple[int, int] | None = None
+    where: str = ""
 
 
 class Slice(NamedTuple):
@@ -160,9 +161,11 @@ class _Parser:
         self._content = self._load(text)
 
     def fail(self, where: str, problem: str) -> ValueError:
+        return ValueError(f"{self.place(where)}: {problem}")
+
+    def place(self, where: str) -> str:
         line = self._lines.get(where)
-        place = f"{self._name}" + (f", line {line}" if line else "")
-        return ValueError(f"{place}: {where + ': ' if where else ''}{problem}")
+        return self._name + (f", line {line}" if line else "") + (f": {where}" if where else "")
 
     def recipe(self) -> Recipe:
         content = self.mapping(self._content, "")
@@ -250,7 +253,7 @@ class _Parser:
             taken = None
             if layers:
                 taken = self.layer_range(entry.get("layer_range"), f"{here}.layer_range")
-            out.append(Source(model, self.settings(entry.get("parameters"), f"{here}.parameters"), taken))
+            out.append(Source(model, self.settings(entry.get("parameters"), f"{here}.parameters"), taken, self.place(here)))
         return tuple(out)
 
     def layer_range(self, given: Any, where: str) -> tuple[int, int]:

@@ -88,8 +88,15 @@ def chunks(size: int) -> Iterator[tuple[int, int]]:
 
 @functools.partial(jax.jit, static_argnames=("based", "dtype"))
 def linear(pieces: tuple[jax.Array, ...], coefficients: jax.Array, *, based: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    r"""``sum_t c_t x_t``, or with ``based`` ``x_0 + sum_t c_t (x_t - x_0)``; and whether all of it is finite."""
+    r"""``sum_t c_t x_t``, or with ``based`` ``x_0 + sum_t c_t (x_t - x_0)``; and whether all of it is finite.
+
+    Raises:
+      ValueError: if there are not as many coefficients as ``x_t``.
+    """
     base, vectors = _vectors(pieces, based)
+    # An index out of an array is not an error under jit: the last coefficient would stand for those that are missing.
+    if coefficients.shape != (len(vectors),):
+        raise ValueError(f"{len(vectors)} tensors are combined, but the coefficients have shape {list(coefficients.shape)}")
     total = vectors[0] * coefficients[0]
     for t, vector in enumerate(vectors[1:], 1):
         total = total + vector * coefficients[t]

@@ -49,6 +49,22 @@ def test_slerp_of_parallel_trees_is_linear(factor):
     np.testing.assert_allclose(flat(got), (0.75 + 0.25 * factor) * flat(tree), atol=1e-6)
 
 
+@pytest.mark.parametrize("conform", ["mergekit", "fusion_bench"])
+@pytest.mark.parametrize("length", [0.0, 1e-9])
+def test_the_tools_see_a_zero_tensor_at_right_angles(conform, length):
+    """Values of mergekit 0.1.5's and fusion_bench 0.2.33's slerp(t, zeros(1, 3), full((1, 3), 3.0)) for t = 0.5 and 0.25."""
+    none, other = ({"w": jnp.full((1, 3), value, jnp.float32)} for value in (length / np.sqrt(3), 3.0))
+    for t, wanted in ((0.5, 2.12132), (0.25, 1.14805)):
+        got = pf.fuse(fusion.slerp(t, conform=conform), [none, other])
+        np.testing.assert_allclose(got["w"], wanted, rtol=1e-5)
+    swapped = pf.fuse(fusion.slerp(0.25, conform=conform), [other, none])
+    np.testing.assert_allclose(swapped["w"], 3 * np.sin(0.75 * np.pi / 2), rtol=1e-5)
+    both = pf.fuse(fusion.slerp(0.25, conform=conform), [none, none])
+    assert np.abs(both["w"]).max() <= 2 * length
+    traced = jax.grad(lambda t: pf.fuse(fusion.slerp(t, conform=conform), [none, other])["w"].sum())(jnp.float32(0.5))
+    assert np.isfinite(traced)
+
+
 def test_slerp_is_between_two():
     with pytest.raises(ValueError, match="between two trees, but got 3"):
         pf.fuse(fusion.slerp(), tasks(3))

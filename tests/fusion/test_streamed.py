@@ -46,3 +46,10 @@ def test_largest_is_what_sorting_finds(kind, size, monkeypatch):
         pattern = np.abs(values[t]).view(np.uint32)
         mask = (pattern > kept.threshold[t]) | ((pattern == kept.threshold[t]) & (np.arange(size) < kept.first[t]))
         np.testing.assert_array_equal(mask, kept_by_sorting(values[t], density), err_msg=f"task {t}")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_linear_combination_has_a_coefficient_for_each_tensor(count):
+    pieces = tuple(np.ones((3, 4), np.float32))
+    with pytest.raises(ValueError, match=rf"2 tensors are combined, but the coefficients have shape \[{count}\]"):
+        streamed.linear(pieces, np.ones(count, np.float32), based=True, dtype=np.dtype("float32"))
