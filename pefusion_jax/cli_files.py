@@ -136,6 +136,7 @@ def convert(given: Convert) -> None:
 def inspect(given: Inspect) -> None:
     """Runs :class:`Inspect`."""
     from pefusion_jax import checkpoints
+    from pefusion_jax.interop.headers import shown
 
     if given.dry_run:
         source = checkpoints.identify(given.source)
@@ -149,24 +150,25 @@ def inspect(given: Inspect) -> None:
     config = found.pop("config", None)
     names = found.pop("names", None)
     for key, value in found.items():
-        print(f"{key + ':':12} {f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value}")
+        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else shown(value, 100_000)
+        print(f"{key + ':':12} {text}")
     if names:
         print("names:       " + ", ".join(f"{n if isinstance(n, int) else len(n)} {kind}" for kind, n in names.items()))
         for kind in ("missing", "unexpected", "misfits"):
             for name in names[kind][:10]:
-                print(f"  {kind}: {name}")
+                print(f"  {kind}: {shown(name)}")
     for key, value in (config or {}).items():
-        text = str(value)
-        print(f"  {key}: {text if len(text) <= 100 else text[:100] + '...'}")
+        print(f"  {shown(key)}: {shown(value, 100)}")
 
 
 def merge(given: Merge) -> None:
     """Runs :class:`Merge`."""
     from pefusion_jax import checkpoints, merging
+    from pefusion_jax.interop.headers import shown
 
     def progress(done: int, total: int, name: str) -> None:
         if sys.stderr.isatty():
-            print(f"\r{done}/{total} {name[-60:]:60}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            print(f"\r{done}/{total} {shown(name)[-60:]:60}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     merged = merging.merge_files(
         given.config,
@@ -194,6 +196,7 @@ def merge(given: Merge) -> None:
 def verify(given: Verify) -> None:
     """Runs :class:`Verify`."""
     from pefusion_jax.interop import manifest
+    from pefusion_jax.interop.headers import shown
 
     if given.dry_run:
         listed = list(manifest.read_manifest(Path(given.folder))["files"])
@@ -205,7 +208,7 @@ def verify(given: Verify) -> None:
     else:
         for kind, names in verdict._asdict().items():
             if names and kind != "intact":
-                print(f"{kind}: {', '.join(names)}")
+                print(f"{kind}: {', '.join(map(shown, names))}")
         print(f"{len(verdict.intact)} files intact" + ("" if verdict.ok else "; the folder is not what its manifest says"))
     if not verdict.ok:
         raise SystemExit(1)

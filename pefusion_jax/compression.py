@@ -25,7 +25,8 @@ class Compressed(NamedTuple):
 
     Attributes:
       delta: the change.
-      residuals: path -> :math:`\|\Delta - \hat\Delta\|_F / \|\Delta\|_F`, float32; 0 for what was kept as it is.
+      residuals: path -> :math:`\|\Delta - \hat\Delta\|_F / \|\Delta\|_F`, float32, with :math:`\hat\Delta` of the factors as
+        they are stored, rounded to the dtype of the change; 0 for what was kept as it is, NaN for a change that is not finite.
       residual: the same of all changes together, as one vector.
     """
 
@@ -39,9 +40,9 @@ def compress(delta: Delta, rank: int, *, stacks: Collection[str] = STACKS) -> Co
 
     .. math:: \hat\Delta = U_{1:r} \Sigma_{1:r} V_{1:r}^\top, \qquad \Delta = U \Sigma V^\top
 
-    Pairs are decomposed through their QR factors and never multiplied out; stacked layers and experts each get their own. What
-    has no higher rank than r already, and what is not a matrix (biases, convolution kernels), is kept as it is. The roots of
-    the singular values go into both factors, so that either fits a narrow float format.
+    Pairs are decomposed through their QR factors and never multiplied out; stacked layers and experts each get their own. Pairs
+    of no higher rank than r, and what is not a matrix (biases, convolution kernels), are kept as they are. The roots of the
+    singular values go into both factors, so that either fits a narrow float format.
 
     Args:
       delta: pairs, and dense arrays.
@@ -66,7 +67,7 @@ def compress(delta: Delta, rank: int, *, stacks: Collection[str] = STACKS) -> Co
     for path, (leaf, rest, every) in zip(delta.leaves, made, strict=True):
         leaves[path], lost[path], whole[path] = leaf, rest, every
     residuals = {path: _ratio(lost[path], whole[path]) for path in leaves}
-    return Compressed(Delta(leaves), residuals, _ratio(sum(lost.values(), jnp.float32(0)), sum(whole.values(), jnp.float32(0))))
+    return Compressed(Delta(leaves), residuals, _ratio(_norm(*lost.values()), _norm(*whole.values())))
 
 
 def lora_of(delta: Delta) -> tuple[LoRA, dict[str, Any]]:
@@ -118,11 +119,12 @@ def _zeros_row(b: jax.Array) -> jax.Array:
 
 
 def _ratio(lost: jax.Array, whole: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.where(whole > 0, lost / jnp.where(whole > 0, whole, jnp.ones_like(whole)), jnp.zeros_like(lost)))
+    nothing = whole == 0
+    return jnp.where(nothing, jnp.zeros_like(lost), lost / jnp.where(nothing, jnp.ones_like(whole), whole))
 
 
 def _truncate(change: Change, rank: int, axes: int) -> tuple[Change, jax.Array, jax.Array]:
-    """The truncated change, the squared norm of what is lost, and that of the whole change.
+    """The truncated change, the norm of what is lost, and that of the whole change.
 
     Dense changes are matrices if they have so many axes, three where the first is that of layers.
     """
@@ -132,23 +134,35 @@ def _truncate(change: Change, rank: int, axes: int) -> tuple[Change, jax.Array, 
         q_b, r_b = jnp.linalg.qr(after(change.b.astype(wide).mT, q_a))
         core = r_a @ r_b.mT
         if change.rank <= rank:
-            return change, jnp.float32(0), _square(core)
+            return change, jnp.float32(0), _norm(core)
     elif change.ndim == axes:
         core = change.astype(wide)
     else:
-        return change, jnp.float32(0), _square(change.astype(wide))
+        return change, jnp.float32(0), _norm(change.astype(wide))
+    # LAPACK may not come back from a matrix with infinities; one with NaN it hands back as NaN.
+    core = jnp.where(jnp.isfinite(core), core, jnp.nan)
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
     root = jnp.sqrt(s[..., :rank])
     left, right = u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
-    if isinstance(change, LowRank):
-        pair = dataclasses.replace(change, a=(q_a @ left).astype(change.dtype), b=(right @ q_b.mT).astype(change.dtype))
-    else:
+    if not isinstance(change, LowRank):
         pair = LowRank(left.astype(change.dtype), right.astype(change.dtype), change.shape)
-    return pair, _square(s[..., rank:]), _square(s)
+        return pair, _norm(core - pair.a.astype(wide) @ pair.b.astype(wide)), _norm(core)
+    pair = dataclasses.replace(change, a=(q_a @ left).astype(change.dtype), b=(right @ q_b.mT).astype(change.dtype))
+    # What rounding moves out of both bases at once is the product of two roundings, and left out.
+    a, b = pair.a.astype(wide), pair.b.astype(wide)
+    a_core, b_core = q_a.mT @ a, b @ q_b
+    lost = _norm(core - a_core @ b_core, (a - q_a @ a_core) @ b_core, a_core @ (b - b_core @ q_b.mT))
+    return pair, lost, _norm(core)
 
 
-def _square(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(x)).astype(jnp.float32)
+def _norm(*parts: jax.Array) -> jax.Array:
+    """Frobenius norm of all parts together, whose squares need not fit the float format; NaN if a part is not finite."""
+    if not parts:
+        return jnp.float32(0)
+    flat = jnp.concatenate([part.reshape(-1) for part in parts])
+    largest = jnp.max(jnp.abs(flat), initial=0)
+    unit = jnp.where(largest == 0, jnp.ones_like(largest), largest)
+    return (unit * jnp.sqrt(jnp.sum(jnp.square(flat / unit)))).astype(jnp.float32)
 
 
 def _leaves(path: str, pair: LowRank) -> tuple[jax.Array, jax.Array]:

@@ -251,6 +251,23 @@ def test_verify_names_the_file_that_changed(tmp_path, capsys):
     assert status == 1 and "has no manifest.json" in err
 
 
+def test_what_files_say_reaches_the_terminal_without_control_sequences(exported, tmp_path, capsys):
+    evil = "x\x1b]0;owned\x07\x1b[2J\u202e\n"
+    folder = shutil.copytree(exported / "peft", tmp_path / "peft")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": evil}))
+    status, out, _ = run_cli(capsys, "inspect", folder)
+    assert status == 0 and out.replace("\n", "").isprintable() and "base_model_name_or_path: 'x\\x1b]0;owned" in out
+    (folder / evil).write_text("")
+    status, out, _ = run_cli(capsys, "verify", folder)
+    assert status == 1 and out.replace("\n", "").isprintable() and "unlisted: 'x\\x1b]0;owned" in out
+    model = tmp_path / "model"
+    run_cli(capsys, "convert", TINY, "--out", model)
+    save_safetensors(model / "model.safetensors", {evil: np.ones(3, np.float32)})
+    status, out, _ = run_cli(capsys, "inspect", model)
+    assert status == 0 and out.replace("\n", "").isprintable() and "unexpected: 'x\\x1b]0;owned" in out
+
+
 @pytest.mark.parametrize("command", ["convert", "inspect", "verify"])
 def test_help_has_an_example(command, capsys):
     status, out, _ = run_cli(capsys, command, "--help")

@@ -52,6 +52,47 @@ def test_compression_is_the_best_approximation():
         compress(given, 0)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("size", [1.0, 1e-23, 1e30])
+@pytest.mark.parametrize("rank", [3, 8])
+def test_the_residual_is_that_of_the_factors_as_stored(dtype, size, rank):
+    """Of a pair of rank 8 that has twice the columns it needs, and of a dense matrix; rounding counts."""
+    root = size**0.5
+    a, b = (root * normal(0, 24, 8)).astype(dtype), (root * normal(1, 8, 20)).astype(dtype)
+    twice = LowRank(jnp.concatenate([a, a], -1), jnp.concatenate([b, b], -2), (24, 20))
+    given = Delta(
+        {"pair": twice, "stacked": LowRank(twice.a[None], twice.b[None], (1, 24, 20)), "dense": (a @ b).astype(dtype)}
+    )
+    got = jax.jit(lambda delta: compress(delta, rank))(given)
+
+    def exact(leaf):
+        if isinstance(leaf, LowRank):
+            return np.asarray(leaf.a, np.float64) @ np.asarray(leaf.b, np.float64)
+        return np.asarray(leaf, np.float64)
+
+    lost = whole = 0.0
+    for path, leaf in given.leaves.items():
+        off = np.linalg.norm(exact(leaf) - exact(got.delta.leaves[path]))
+        np.testing.assert_allclose(got.residuals[path], off / np.linalg.norm(exact(leaf)), rtol=1e-3, atol=1e-6)
+        lost, whole = lost + off**2, whole + np.linalg.norm(exact(leaf)) ** 2
+    np.testing.assert_allclose(got.residual, np.sqrt(lost / whole), rtol=1e-3, atol=1e-6)
+    assert (got.residual > 1e-4) == (rank == 3 or dtype != jnp.float32)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("rank", [2, 9])
+def test_what_is_not_finite_shows(wrong, rank):
+    good = pair(0, (6, 5), 4)
+    bad = {
+        "pair": LowRank(good.a.at[0, 0].set(wrong), good.b, good.shape),
+        "dense": good.dense().at[0, 0].set(wrong),
+        "bias": jnp.asarray([1.0, wrong], jnp.float32),
+    }
+    for name, leaf in bad.items():
+        got = compress(Delta({"good": good, name: leaf}), rank)
+        assert np.isnan(got.residuals[name]) and np.isnan(got.residual) and np.isfinite(got.residuals["good"]), name
+
+
 def test_a_dense_change_of_scanned_layers_is_a_matrix_a_layer():
     stacked = normal(0, 3, 6, 5)
     got = compress(Delta({"layer/up/kernel": stacked, "layer/up/bias": normal(1, 3, 5), "conv/kernel": normal(2, 3, 6, 5)}), 2)

@@ -45,11 +45,13 @@ def conversions(params: Any, adapters: Any, orientation: Orientation = "paper") 
       Kind of module (path with a star for the layer) -> its matrices.
 
     Raises:
-      ValueError: if there is no LoRA, or a kernel is no matrix or singular.
+      ValueError: if there is no LoRA, a kernel is no matrix or singular, or the orientation is unknown.
 
     Reference: H. Kim et al., A Single Linear Layer Yields Task-Adapted Low-Rank Matrices, 2024, equations 3 and 4; their code
     inverts in float32.
     """
+    if orientation not in ("paper", "official"):
+        raise ValueError(f"orientation={orientation!r} must be 'paper' or 'official'")
     base = params["params"] if isinstance(params.get("params"), Mapping) else params
     layout = layout_of(base, lambda path: True)
     gathered = layout.gather(trees.flat(adapters))
@@ -95,7 +97,12 @@ def conversion_similarity(
 
     Returns:
       Kind of module -> the matrix of layer pairs (``overall``), which :func:`plot_matrix` draws.
+
+    Raises:
+      ValueError: as :func:`conversions`, and for another factor.
     """
+    if factor not in ("a", "b"):
+        raise ValueError(f"factor={factor!r} must be 'a' or 'b'")
     out: dict[str, Pairwise] = {}
     for site, found in conversions(params, adapters, orientation).items():
         matrices = found.a if factor == "a" else found.b

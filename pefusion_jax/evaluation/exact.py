@@ -43,8 +43,9 @@ class Solution(NamedTuple):
       coefficients: ``[displacement]``, in that order; 0 for those that were left out.
       loss: without the penalty.
       objective: what was minimised: the loss plus :math:`\frac{\mu}{2} \lVert c - c_0 \rVert^2`.
-      gap: certified upper bound of ``objective`` minus its smallest value; ``None`` where the problem is not convex. On
-        simplices, and with ``l2 > 0``, it is against all coefficients; with ``l2=0`` against all within ``radius`` of these.
+      gap: certified upper bound of how much smaller the objective is anywhere else: at any coefficients on simplices, and if
+        the gap is at most :math:`2 \mu R^2` for :math:`R` = ``radius``; otherwise, as always with ``l2=0``, at those within
+        ``radius`` of these. ``None`` where the problem is not convex.
       iterations: Newton steps.
     """
 
@@ -134,7 +135,7 @@ def solve_coefficients(
       simplex: coefficients are not negative and sum to 1, for each group.
       members: names of the displacements that may take part; all by default. Coefficients of the others are 0.
       start: ``[displacement]``, where to begin; matters only if the problem is not convex. ``center`` by default.
-      radius: see :class:`Solution`.
+      radius: how far the certificate has to reach where ``l2`` alone gives none, see :class:`Solution`; iterations stop by it.
       tolerance: the certified gap at which to stop.
 
     Returns:

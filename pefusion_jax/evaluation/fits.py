@@ -109,6 +109,7 @@ def _affine(z: Array, steps: Array, labels: Array, kind: LossOf, convex: bool) -
 
 def _curved(logits: Any, head: Any, base: Array, moved: Array, labels: Array, width: int, kind: LossOf) -> Fit:
     """Logits that are not linear in the features: expanded anew at each point, in float32 (Gauss-Newton)."""
+    on_device = jnp.asarray(base), jnp.asarray(moved)  # once for all points
 
     # A restriction keeps all displacements and sets the others' coefficients to 0, so that one program serves all subsets.
     def build(keep: Array) -> Fit:
@@ -118,11 +119,11 @@ def _curved(logits: Any, head: Any, base: Array, moved: Array, labels: Array, wi
             return out
 
         def value(c: Array) -> float:
-            z = np.asarray(_at(logits)(head, base, moved, full(c)), np.float64)[:, :width]
+            z = np.asarray(_at(logits)(head, *on_device, full(c)), np.float64)[:, :width]
             return float(kind(z, labels)[0].mean())
 
         def model(c: Array) -> tuple[float, Array, Array]:
-            here, slopes = _expanded_at(logits)(head, base, moved, full(c))
+            here, slopes = _expanded_at(logits)(head, *on_device, full(c))
             z, steps = np.asarray(here, np.float64)[:, :width], np.asarray(slopes, np.float64)[keep][:, :, :width]
             return _expansion(z, steps, labels, kind)
 

@@ -8,6 +8,7 @@ that a scan has stacked are looked at one by one. The arithmetic is NumPy in flo
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -61,7 +62,8 @@ class Pairwise(NamedTuple):
 
     def write(self, folder: str | os.PathLike[str], name: str | None = None) -> Path:
         """Writes ``name.csv`` into a folder, atomically; it is named after the measure if no name is given."""
-        return write_table(folder, name or self.measure.replace(" ", "_"), self.csv())
+        # A measure may hold a path with stars. Each sign becomes one underscore, so that few names fall together.
+        return write_table(folder, name or re.sub(r"[^\w.-]", "_", self.measure), self.csv())
 
 
 class LayerNorms(NamedTuple):

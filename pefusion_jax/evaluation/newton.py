@@ -52,7 +52,8 @@ def minimise(
 
     * :math:`\lVert g \rVert^2 / 2\mu` by strong convexity, if :math:`\mu > 0`;
     * :math:`\lVert g \rVert R` against every point within the distance :math:`R` (``radius``). If no minimiser is that near
-      this says nothing about them; it is the only bound there is for :math:`\mu = 0`, where they may lie at infinity;
+      this says nothing about them; it is the only bound there is for :math:`\mu = 0`, where they may lie at infinity. The
+      smaller of the two counts, and it is this one exactly if it is above :math:`2 \mu R^2`;
     * on simplices :math:`\langle g, c \rangle - \min_s \langle g, s \rangle`, the Frank-Wolfe gap.
 
     Args:

@@ -168,14 +168,15 @@ def _section(folder: str, files: list[File], state: _State) -> str:
         if page_files.is_comparison(file) and add("Results", file, page_files.comparison_table):
             for suffix in (".csv", ".md", ".txt"):
                 twin = by_name.get(file.stem + suffix)
-                if twin is not None and file.stem + ".png" not in by_name:
+                if twin is not None and page_files.repeats(twin, file):
                     used.add(twin.name)
                     state.omitted[twin.name] = f"the same table as {file.name}"
     for file in files:
-        if file.suffix == ".png":
+        if file.suffix == ".png" and add("Figures", file, page_files.figure):
             numbers = by_name.get(file.stem + ".csv")
             table = None if numbers is None or numbers.name in used else made(numbers, page_files.csv_table)
-            add("Figures", file, page_files.figure, "" if table is None else folded(f"Numbers ({file.stem}.csv)", table))
+            if table is not None:
+                blocks["Figures"][-1] = page_files.captioned(blocks["Figures"][-1], folded(f"Numbers ({file.stem}.csv)", table))
     for suffix, block, make in (
         (".csv", "Tables", page_files.csv_file),
         (".json", "Settings", page_files.json_file),

@@ -13,12 +13,13 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pefusion_jax.evaluation.page_html import MOST_COLUMNS, MOST_ROWS, folded, framed, grid, markdown, short, text
-from pefusion_jax.evaluation.report import SCHEMA
+from pefusion_jax.evaluation.page_html import LONGEST_CELL, MOST_COLUMNS, MOST_ROWS, folded, framed, grid, markdown, short, text
+from pefusion_jax.evaluation.report import SCHEMA, as_csv, as_markdown, as_text
 
 LARGEST_TEXT, LARGEST_IMAGE, MOST_PIXELS = 4 * 2**20, 8 * 2**20, 64 * 10**6
 MOST_SCORES, LONGEST_TEXT, MOST_PARTS = 2000, 100_000, 50
 _PNG = b"\x89PNG\r\n\x1a\n"
+_END = "</figcaption></figure>"
 
 
 class File(NamedTuple):
@@ -91,8 +92,8 @@ def _scores(values: list[float | None], errors: list[float | None], kinds: list[
     return cells
 
 
-def figure(file: File, more: str = "") -> str:
-    """A PNG inside the page, at the size it was drawn for; ``more`` is HTML for its caption."""
+def figure(file: File) -> str:
+    """A PNG inside the page, at the size it was drawn for."""
     width, height, per_metre, content = _png(file)
     # A page has 96 pixels to the inch.
     shown = max(1, round(width / per_metre / 0.0254 * 96)) if per_metre else width
@@ -102,8 +103,13 @@ def figure(file: File, more: str = "") -> str:
     wide = ' class="wide"' if shown > 560 else ""
     return (
         f'<figure{wide}><div class="paper" tabindex="0"><img width="{shown}" height="{tall}" alt="{name}" '
-        f'src="data:image/png;base64,{encoded}"></div><figcaption>{name}{more}</figcaption></figure>'
+        f'src="data:image/png;base64,{encoded}"></div><figcaption>{name}{_END}'
     )
+
+
+def captioned(figure: str, more: str) -> str:
+    """A figure with more HTML in its caption."""
+    return figure.removesuffix(_END) + more + _END
 
 
 def csv_file(file: File) -> str:
@@ -200,6 +206,17 @@ def is_comparison(file: File) -> bool:
     return isinstance(found, dict) and found.get("schema") == SCHEMA
 
 
+def repeats(twin: File, file: File) -> bool:
+    """Whether a .csv, .md or .txt file is what ``Comparison.write`` makes of the comparison in another."""
+    try:
+        said, table = _text(twin), comparison(read_json(file))
+    except (ValueError, OSError):
+        return False  # said again where the file is shown
+    if twin.suffix == ".csv":
+        return said == as_csv(table)
+    return said == (as_markdown(table) if twin.suffix == ".md" else f"{as_text(table)}\n")
+
+
 def comparison(found: Any) -> dict[str, Any]:
     """The checked content of a comparison's JSON."""
 
@@ -218,6 +235,8 @@ def comparison(found: Any) -> dict[str, Any]:
     tasks, rows, title = found.get("tasks"), found.get("rows"), found.get("title", "")
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks) or not 0 < len(tasks) <= MOST_COLUMNS:
         raise ValueError(f"not a comparison: 'tasks' must be 1 to {MOST_COLUMNS} names")
+    if max(map(len, tasks)) > LONGEST_CELL:
+        raise ValueError(f"not a comparison: the name of a task has more than {LONGEST_CELL} characters")
     if not isinstance(rows, list) or not 0 < len(rows) <= MOST_SCORES or not isinstance(title, str):
         raise ValueError(f"not a comparison: 'rows' must be 1 to {MOST_SCORES} objects, 'title' text")
     checked = []

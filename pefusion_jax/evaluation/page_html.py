@@ -18,6 +18,8 @@ MOST_ROWS, MOST_COLUMNS, LONGEST_CELL = 300, 100, 400
 
 # What a reader could not see, or what would turn the order of letters around.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufffe\uffff]")
+# A number as programs write it. 007, 1e5 and 1_000 may as well be names.
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-][0-9]+)?|nan|-?inf", re.IGNORECASE)
 _RULE = re.compile(r"^\s*\|?\s*:?-{3,}:?\s*(\|\s*:?-{3,}:?\s*)*\|?\s*$")
 
 STYLE = """
@@ -145,21 +147,18 @@ def text(value: Any) -> str:
 
 def number(value: float) -> str:
     """A number for people: four significant digits, whole numbers whole."""
-    if not math.isfinite(value):
-        return "–"
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value)}".replace("-", "\N{MINUS SIGN}")
-    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+    if not isinstance(value, int):
+        if not math.isfinite(value):
+            return "–"
+        value = int(value) if value.is_integer() and abs(value) < 1e15 else value
+    return (f"{value}" if isinstance(value, int) else f"{value:.4g}").replace("-", "\N{MINUS SIGN}")
 
 
-def as_number(cell: Any) -> float | None:
-    """The number that a cell holds, or ``None``."""
-    if isinstance(cell, bool) or not isinstance(cell, int | float | str):
+def as_number(cell: str) -> float | None:
+    """The number that a cell's text is, an ``int`` if it has only digits; ``None`` for all other text."""
+    if len(cell) > 40 or not _NUMBER.fullmatch(cell):
         return None
-    try:
-        return float(cell) if len(str(cell)) <= 40 and "_" not in str(cell) else None
-    except (ValueError, OverflowError):
-        return None
+    return int(cell) if cell.removeprefix("-").isdecimal() else float(cell)
 
 
 def short(value: Any, longest: int = LONGEST_CELL) -> str:

@@ -34,7 +34,8 @@ def plot_scores(comparison: Comparison, path: str | os.PathLike[str]) -> None:
       comparison: the table.
       path: of the PNG; a CSV of the same name is written beside it.
     """
-    relative = comparison.rows[0].normalized(comparison.reference) is not None
+    # Rows may lack a reference, as the zero-shot model does.
+    relative = any(row.normalized(comparison.reference) is not None for row in comparison.rows)
     columns = [*comparison.tasks, "mean"] + (["normalized\nmean"] if relative else [])
     blank = [float("nan")] * len(columns)
     kinds = list(dict.fromkeys(row.kind for row in comparison.rows))
@@ -250,11 +251,14 @@ def plot_ranking(
       lines: values to compare with, by name: vertical lines.
 
     Raises:
-      ValueError: if there is nothing to draw.
+      ValueError: if there is nothing to draw, or a group is empty.
     """
-    names = list(dict.fromkeys(name for points in groups.values() for name in points))
-    if not names:
+    if not groups:
         raise ValueError("there is nothing to rank")
+    for group, points in groups.items():
+        if not points:
+            raise ValueError(f"there is nothing to rank in the group {group!r}; leave it out")
+    names = list(dict.fromkeys(name for points in groups.values() for name in points))
     first = next(iter(groups.values()))
     names.sort(key=lambda name: -first[name][0] if name in first else np.inf)
     figure, axes = _figure(6.8, 0.17 * len(names) + 1.0)

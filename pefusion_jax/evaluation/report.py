@@ -84,7 +84,7 @@ class Comparison:
     @property
     def header(self) -> list[str]:
         """Column names."""
-        return ["method", "kind", *self.tasks, "mean", "normalized", "worst"]
+        return _header(self.tasks)
 
     def cells(self, row: Row) -> list[float | None]:
         """The numbers of a row: tasks, mean, mean of the normalized scores (or ``None``), worst."""
@@ -93,44 +93,15 @@ class Comparison:
         return [*tasks, row.scores.mean, None if relative is None else relative.mean, row.scores.worst]
 
     def __str__(self) -> str:
-        lines = [self.header] + [[row.name, row.kind, *self._text(row)] for row in self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
-        text = [
-            "  ".join(
-                cell.ljust(width) if column < 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        return "\n".join(([self.title, ""] if self.title else []) + [text[0], "-" * max(map(len, text)), *text[1:]])
+        return as_text(self.to_dict())
 
     def markdown(self) -> str:
         """A Markdown table; scores in percent, the best of a kind in each column in bold."""
-        lines = [
-            "| " + " | ".join(self.header) + " |",
-            "|" + " --- |" * 2 + " ---: |" * (len(self.header) - 2),
-        ]
-        for row in self.rows:
-            rivals = [self.cells(other) for other in self.rows if other.kind == row.kind]
-            texts = []
-            for column, (value, text) in enumerate(zip(self.cells(row), self._text(row), strict=True)):
-                known = [cells[column] for cells in rivals if cells[column] is not None]
-                best = value is not None and len(known) > 1 and value == max(known)  # type: ignore[type-var]
-                texts.append(f"**{text}**" if best else text)
-            lines.append("| " + " | ".join([_escape(row.name), _escape(row.kind), *texts]) + " |")
-        return "\n".join(([f"**{self.title}**", ""] if self.title else []) + lines) + "\n"
+        return as_markdown(self.to_dict())
 
     def csv(self) -> str:
         """Comma-separated values at full precision, each task followed by its standard errors."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        tasks = [name for task in self.tasks for name in (task, f"{task} stderr")]
-        writer.writerow(["method", "kind", *tasks, "mean", "normalized", "worst"])
-        for row in self.rows:
-            cells = self.cells(row)
-            pairs = [v for task in self.tasks for v in (row.scores[task], row.scores.stderr.get(task))]
-            writer.writerow([row.name, row.kind, *("" if v is None else repr(float(v)) for v in [*pairs, *cells[-3:]])])
-        return out.getvalue()
+        return as_csv(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """What :meth:`json` writes; see the module's docstring."""
@@ -167,23 +138,79 @@ class Comparison:
             written.append(path)
         return written
 
-    def _text(self, row: Row) -> list[str]:
-        """Cells in percent; a task's score is followed by its standard error where it is known."""
-        texts = []
-        for column, value in enumerate(self.cells(row)):
-            if value is None:
-                texts.append("–")
-                continue
-            text = f"{100 * value:.1f}"
-            error = row.scores.stderr.get(self.tasks[column]) if column < len(self.tasks) else None
-            if column == len(self.tasks):
-                error = row.scores.mean_stderr
-            texts.append(text if error is None else f"{text} ± {100 * error:.1f}")
-        return texts
+
+# The tables are made of what to_dict gives and the JSON file holds, so that a file can be compared with what it should say.
+def as_text(table: Mapping[str, Any]) -> str:
+    """The aligned text of a comparison's dictionary, without a last line break."""
+    lines = [list(map(_line, _header(table["tasks"])))]
+    lines += [[_line(row["name"]), _line(row["kind"]), *_texts(table, row)] for row in table["rows"]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join(([table["title"], ""] if table["title"] else []) + [text[0], "-" * max(map(len, text)), *text[1:]])
+
+
+def as_markdown(table: Mapping[str, Any]) -> str:
+    """The Markdown of a comparison's dictionary."""
+    header = _header(table["tasks"])
+    title = [f"**{_line(table['title'])}**", ""] if table["title"] else []
+    lines = [*title, f"| {' | '.join(map(_escape, header))} |", "|" + " --- |" * 2 + " ---: |" * (len(header) - 2)]
+    known: dict[tuple[str, int], list[float]] = {}  # kind, column -> values
+    for row in table["rows"]:
+        for column, value in enumerate(_values(table, row)):
+            if value is not None:
+                known.setdefault((row["kind"], column), []).append(value)
+    best = {place: max(rivals) for place, rivals in known.items() if len(rivals) > 1}
+    for row in table["rows"]:
+        cells = enumerate(zip(_values(table, row), _texts(table, row), strict=True))
+        bold = [
+            f"**{text}**" if value is not None and value == best.get((row["kind"], c)) else text for c, (value, text) in cells
+        ]
+        lines.append("| " + " | ".join([_escape(row["name"]), _escape(row["kind"]), *bold]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(table: Mapping[str, Any]) -> str:
+    """The comma-separated values of a comparison's dictionary."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    tasks = [name for task in table["tasks"] for name in (task, f"{task} stderr")]
+    writer.writerow(["method", "kind", *tasks, "mean", "normalized", "worst"])
+    for row in table["rows"]:
+        pairs = [of.get(task) for task in table["tasks"] for of in (row["scores"], row["stderr"])]
+        numbers = [*pairs, *_values(table, row)[-3:]]
+        writer.writerow([row["name"], row["kind"], *("" if v is None else repr(float(v)) for v in numbers)])
+    return out.getvalue()
+
+
+def _header(tasks: Sequence[str]) -> list[str]:
+    return ["method", "kind", *tasks, "mean", "normalized", "worst"]
+
+
+def _values(table: Mapping[str, Any], row: Mapping[str, Any]) -> list[float | None]:
+    return [*map(row["scores"].get, table["tasks"]), row["mean"], row["normalized_mean"], row["worst"]]
+
+
+def _texts(table: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    """Cells in percent; scores and their mean are followed by the standard error where it is known."""
+    errors = [*map(row["stderr"].get, table["tasks"]), row["mean_stderr"], None, None]
+    return [
+        "–" if value is None else f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+        for value, error in zip(_values(table, row), errors, strict=True)
+    ]
+
+
+def _line(text: str) -> str:
+    return " ".join(text.splitlines())
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
+    return _line(text).replace("|", "\\|")
 
 
 def _plain(value: Any) -> Any:

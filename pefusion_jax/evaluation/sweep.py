@@ -135,7 +135,7 @@ def sweep(
       Scores ``[point, task]``, tasks in the order given.
 
     Raises:
-      ValueError: if shapes do not fit, a coefficient is not finite, or a task is not cached.
+      ValueError: if shapes do not fit, a coefficient is not finite, a task is not cached, or logits are not numbers.
     """
     points = np.asarray(coefficients, np.float32)
     if points.ndim != 2 or points.shape[1] != len(cached.names) or not len(points):
@@ -275,8 +275,15 @@ def _sweep_task(cached: Cached, name: str, task: Task, points: np.ndarray, chunk
         # The last chunk is filled up, so that one program serves all.
         padded = np.concatenate([part, np.zeros((chunk - len(part), points.shape[1]), np.float32)])
         if task.metric is accuracy:
-            hits = _combined_hits(task.head.logits)(task.head.params, base, moved, padded, labels)
-            scores += [int(hit) / len(labels) for hit in np.asarray(hits)[: len(part)]]
+            found = _combined_hits(task.head.logits)(task.head.params, base, moved, padded, labels)
+            hits, bad = (np.asarray(counts)[: len(part)] for counts in found)
+            if bad.any():
+                place = int(np.argmax(bad > 0))
+                raise ValueError(
+                    f"task {name!r}: logits of {bad[place]} of {len(labels)} examples are not numbers at the coefficients "
+                    f"{part[place].tolist()}; choose smaller ones"
+                )
+            scores += [int(hit) / len(labels) for hit in hits]
         else:
             logits = np.asarray(combined_logits(task.head.logits)(task.head.params, base, moved, padded))
             scores += [task.metric(logits[p], labels) for p in range(len(part))]
@@ -297,12 +304,15 @@ def combined_logits(logits: Callable[..., jax.Array]) -> Callable[..., jax.Array
 
 
 @functools.lru_cache(maxsize=64)
-def _combined_hits(logits: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def _combined_hits(logits: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The program of how many examples are right at each point, and of how many the logits are not numbers."""
     combined = combined_logits(logits)
 
-    def run(head_params: Any, base: Any, moved: Any, points: Any, labels: Any) -> jax.Array:
-        predicted = jnp.argmax(combined(head_params, base, moved, points), axis=-1)
-        return jnp.sum(predicted == labels[None, :], axis=1, dtype=jnp.int32)
+    def run(head_params: Any, base: Any, moved: Any, points: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
+        found = combined(head_params, base, moved, points)
+        hits = jnp.argmax(found, axis=-1) == labels[None, :]
+        bad = jnp.any(jnp.isnan(found), axis=-1)
+        return jnp.sum(hits, axis=1, dtype=jnp.int32), jnp.sum(bad, axis=1, dtype=jnp.int32)
 
     return jax.jit(run)
 

@@ -63,11 +63,11 @@ class WeightFileError(ValueError):
         self.expected, self.found, self.remedy = expected, found, remedy
         parts = [f"{self.path}: {problem}"]
         if tensor is not None:
-            parts.append(f"tensor: {_short(tensor)}")
+            parts.append(f"tensor: {shown(tensor)}")
         if expected is not None:
             parts.append(f"expected: {expected}")
         if found is not None:
-            parts.append(f"found: {_short(found)}")
+            parts.append(f"found: {shown(found)}")
         parts.append(f"remedy: {remedy}")
         super().__init__("\n  ".join(parts))
 
@@ -216,6 +216,8 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _short(value: Any, limit: int = 300) -> str:
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+def shown(value: Any, limit: int = 300) -> str:
+    """Anything from a file as text for a terminal: on one line, without control sequences, and cut where it is too long."""
+    text = str(value)
+    text = text if text.isprintable() else repr(text)
     return text if len(text) <= limit else text[:limit] + "..."

@@ -125,6 +125,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise WeightFileError(
                 path, "a file name leads out of the folder or is not plain", found=name, remedy="do not use it"
             )
+        if not name.isprintable():
+            raise WeightFileError(path, "a file name has characters that cannot be printed", found=name, remedy="do not use it")
         if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str) or type(entry.get("bytes")) is not int:
             raise WeightFileError(path, "an entry must have sha256 and bytes", tensor=name, found=entry)
     return content

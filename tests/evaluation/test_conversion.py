@@ -65,8 +65,21 @@ def test_least_squares_for_kernels_that_are_not_square():
         np.testing.assert_allclose(kernel @ found.a[layer], adapters["layer"][str(layer)]["query"]["lora_a"], atol=1e-4)
 
 
+def test_the_file_of_a_kind_of_module_has_a_plain_name(tmp_path):
+    params = base(6, 6)
+    _, adapters = made(params, "paper", 6, 6)
+    (found,) = evaluation.conversion_similarity(params, adapters, k=2).values()
+    path = found.write(tmp_path)
+    assert path == tmp_path / "conversion_matrix_of_A__layer___query.csv" and list(tmp_path.iterdir()) == [path]
+    assert found.write(tmp_path, "mine") == tmp_path / "mine.csv"
+
+
 def test_errors():
     params = base(4, 4)
+    with pytest.raises(ValueError, match="orientation='papr' must be 'paper' or 'official'"):
+        evaluation.conversions(params, {}, "papr")
+    with pytest.raises(ValueError, match="factor='c' must be 'a' or 'b'"):
+        evaluation.conversion_similarity(params, {}, factor="c")
     with pytest.raises(ValueError, match="no leaf named lora_a"):
         evaluation.conversions(params, {"layer": {"0": {"query": {"other": jnp.zeros((4, 2))}}}})
     singular = trees.map_paths(lambda path, leaf: leaf * 0, params)

@@ -17,6 +17,7 @@ from pefusion_jax.evaluation import (
     cache_groups,
     cache_outputs,
     evaluate,
+    fits,
     predict,
     solve_coefficients,
     solve_subsets,
@@ -243,6 +244,32 @@ def test_best_combination_is_never_worse_than_the_grid(reference):
     grid = subset_grid(3, np.linspace(-3, 3, 13))
     best = best_combination(cached, tasks, l2=(1e6,), grid=grid)
     assert best.source == "grid" and best.score == sweep(cached, tasks, grid).mean(1).max()
+
+
+@pytest.mark.parametrize("l2", [1e-3, 1e-1])
+@pytest.mark.parametrize("radius", [1e-6, 100.0])
+def test_what_the_gap_is_against(radius, l2):
+    found = solve_coefficients(CACHED, TASKS, l2=l2, radius=radius, tolerance=1e-3)
+    best = solve_coefficients(CACHED, TASKS, l2=l2, tolerance=1e-14)
+    everywhere = found.gap <= 2 * l2 * radius**2
+    assert everywhere == (radius == 100.0)
+    if everywhere:
+        assert found.objective - best.objective <= found.gap + 1e-12
+    else:  # the minimum is farther away, and lower
+        assert np.linalg.norm(found.coefficients - best.coefficients) > radius
+        assert found.objective - best.objective > found.gap
+
+
+def test_features_go_to_the_device_once(monkeypatch):
+    tasks = [fakes.task("x", 1), fakes.task("y", 2, size=31)]
+    cached = cache_outputs(fakes.Model(), PARAMS, TAUS, tasks)
+    seen = []
+    for name in ("_at", "_expanded_at"):
+        made = getattr(fits, name)
+        monkeypatch.setattr(fits, name, lambda logits, made=made: lambda h, *f: (seen.append(f[:2]), made(logits)(h, *f))[1])
+    solve_coefficients(cached, tasks)
+    assert len(seen) > 4 and len({id(array) for pair in seen for array in pair}) == 4
+    assert all(isinstance(array, jax.Array) for pair in seen for array in pair)
 
 
 def test_references_by_name_are_taken_by_name():

@@ -196,6 +196,7 @@ def test_what_is_hostile_is_text(folder):
             b'{"schema": "pefusion_jax.comparison.v1", "tasks": ["p"], "rows": [{"name": "a"}]}',
             "no 'name' and 'kind'",
         ),
+        ("r.json", ROW.replace(b'["p"]', b'["%s"]' % (b"p" * 500)) % b"1", "more than 400 characters"),
         ("r.json", ROW % b"true", "is no score"),
         ("r.json", ROW % b"1e999", "is no score"),
     ],
@@ -206,6 +207,50 @@ def test_files_that_are_not_what_they_say_are_listed_with_the_reason(tmp_path, n
     done = write_page(tmp_path)
     assert done.shown == ("good.txt",) and re.search(reason, done.omitted[name]), done.omitted
     assert name in "".join(read(done.path).text)
+
+
+def test_the_numbers_of_a_damaged_figure_are_shown_all_the_same(tmp_path):
+    (tmp_path / "fig.png").write_bytes(png()[:-1])
+    (tmp_path / "fig.csv").write_text("alpha,beta\n1,here\n")
+    done = write_page(tmp_path)
+    assert done.shown == ("fig.csv",) and "fig.png" in done.omitted
+    assert ["1", "here"] in read(done.path).rows and "fig.csv" in read(done.path).text
+
+
+def test_only_files_that_repeat_a_comparison_are_left_out(folder):
+    repeated = {f"results{suffix}": "the same table as results.json" for suffix in (".csv", ".md", ".txt")}
+    assert {name: why for name, why in write_page(folder).omitted.items() if name in repeated} == repeated
+    (folder / "results.md").write_text("# Mine\n\nThree seeds failed.\n")
+    (folder / "results.csv").write_text((folder / "results.csv").read_text().replace("TIES", "TIES, again"))
+    (folder / "results.txt").write_bytes(b"\xff")
+    done = write_page(folder)
+    assert {"results.md", "results.csv"} <= set(done.shown) and "not UTF-8" in done.omitted["results.txt"]
+    assert "Three seeds failed." in read(done.path).text
+    # A picture of that name leaves the table the one that is shown.
+    comparison().write(folder)
+    (folder / "results.png").write_bytes(png())
+    assert set(repeated) <= set(write_page(folder).omitted)
+
+
+def test_names_that_look_like_numbers_stay_what_they_are(tmp_path):
+    columns = {
+        "zeros": ["007", "12"],
+        "hash": ["1e5", "3e8"],
+        "long": ["12345678901234567", "-98765432109876543210"],
+        "float": ["1e-05", "1234567.25"],
+        "whole": ["2.0", "-3"],
+        "gap": ["nan", "0.123456"],
+        "lines": ["1_000", "2"],
+    }
+    rows = zip(*columns.values(), strict=True)
+    (tmp_path / "t.csv").write_text("\n".join([",".join(columns), *map(",".join, rows)]))
+    done = write_page(tmp_path)
+    minus = "\N{MINUS SIGN}"
+    assert read(done.path).rows[1:3] == [
+        ["007", "1e5", "12345678901234567", f"1e{minus}05", "2", "–", "1_000"],
+        ["12", "3e8", f"{minus}98765432109876543210", "1.235e+06", f"{minus}3", "0.1235", "2"],
+    ]
+    assert 'data-v="12345678901234567"' in done.path.read_text() and 'data-v="7' not in done.path.read_text()
 
 
 def test_links_and_special_files_are_not_followed(tmp_path):

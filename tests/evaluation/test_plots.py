@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from pefusion_jax.evaluation import Comparison, Row, Scores, plot_curves, plot_ranking, plot_scores, plot_sweep
+from pefusion_jax.evaluation import Comparison, Row, Scores, plot_curves, plot_ranking, plot_scores, plot_sweep, plots
 
 TASKS = ["CoLA", "MNLI", "RTE"]
 ONE = {"a": {1.0: (0.5, 0.1)}}
@@ -43,6 +43,21 @@ def test_scores(tmp_path):
     plot_scores(comparison(methods=14), tmp_path / "more.png")
     assert check_png(tmp_path / "more.png")[1] > 1.5 * small[1]  # it grows with its rows
     plot_scores(Comparison([Row("one", "LoRA", Scores({"p": 0.5}))]), tmp_path / "one.png")
+
+
+def test_the_normalized_column_is_there_if_any_row_has_a_reference(tmp_path, monkeypatch):
+    rows = [
+        Row("zero-shot", "base", Scores({"p": 0.5, "q": 0.4})),
+        Row("TIES", "LoRA", Scores({"p": 0.8, "q": 0.6}), {"p": 0.9, "q": 0.8}),
+    ]
+    drawn = []
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *rest: (drawn.append(figure), save(figure, *rest)))
+    for order in (rows, rows[::-1], [row._replace(reference=None) for row in rows]):
+        plot_scores(Comparison(order), tmp_path / "scores.png")
+    columns = [[label.get_text() for label in figure.axes[0].get_xticklabels()] for figure in drawn]
+    assert columns == [["p", "q", "mean", "normalized\nmean"]] * 2 + [["p", "q", "mean"]]
+    assert f"{100 * (0.8 / 0.9 + 0.6 / 0.8) / 2:.1f}" in [text.get_text() for text in drawn[0].axes[0].texts]
 
 
 def test_sweep(tmp_path):
@@ -96,7 +111,9 @@ def test_ranking(tmp_path):
     plot_ranking(many, tmp_path / "many.png")
     assert check_png(tmp_path / "many.png")[1] > 2 * small[1]
     with pytest.raises(ValueError, match="nothing to rank"):
-        plot_ranking({"LoRA": {}}, tmp_path / "bad.png")
+        plot_ranking({}, tmp_path / "bad.png")
+    with pytest.raises(ValueError, match="nothing to rank in the group 'full'; leave it out"):
+        plot_ranking({"LoRA": {"TIES": (0.7, 0.0)}, "full": {}}, tmp_path / "bad.png")
 
 
 def test_no_global_state_and_no_leftovers(tmp_path):

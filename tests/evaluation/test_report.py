@@ -44,6 +44,24 @@ def test_markdown_marks_the_best_of_a_kind():
     assert lines[4].startswith(r"| a\|b | LoRA | 40.0 ± 1.0 | **80.0 ± 2.0** |")
 
 
+def test_names_do_not_break_tables():
+    table = Comparison(
+        [Row("a\nb", "k|\r\n", Scores({"p|q\nr": 0.5})), Row("c", "k", Scores({"p|q\nr": 1.0}))], title="one\ntwo"
+    )
+    assert table.markdown().splitlines() == [
+        "**one two**",
+        "",
+        r"| method | kind | p\|q r | mean | normalized | worst |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+        r"| a b | k\| | 50.0 | 50.0 | – | 50.0 |",
+        "| c | k | 100.0 | 100.0 | – | 100.0 |",
+    ]
+    assert str(table).splitlines()[5:] == [
+        "a b     k|     50.0   50.0           –   50.0",
+        "c       k     100.0  100.0           –  100.0",
+    ]
+
+
 def test_csv_and_json_round_trip(tmp_path):
     table = comparison()
     paths = table.write(tmp_path / "new", "results")

@@ -167,3 +167,18 @@ def test_errors():
         sweep(cached, TASKS[:1], [[np.nan, 0.0, 0.0]])
     with pytest.raises(ValueError, match="point, k"):
         sweep_trees(fakes.Model(), params, fused, np.zeros((0, 3)), TASKS)
+
+
+def test_logits_that_are_not_numbers_are_refused_as_evaluate_refuses_them():
+    model, params = fakes.Model(), fakes.params()
+    cached = cache_outputs(model, params, TAUS, TASKS)
+    far = np.float32([3e38, 3e38, 3e38])  # features are infinite, cosines are not numbers
+    for task in TASKS:  # accuracies are counted on the device, other metrics are not
+        with pytest.raises(ValueError, match="logits of .* examples are not numbers"):
+            evaluate(model, params, fused(far), [task], split="validation")
+        with pytest.raises(ValueError, match="logits of .* examples are not numbers"):
+            sweep(cached, [task], [[0.5, 0.5, 0.5], far], chunk=1)
+    with pytest.raises(ValueError, match=r"'p': .* of 23 examples .* at the coefficients \[[23][.0-9]*e\+38, .*smaller"):
+        sweep(cached, TASKS, [[0.5, 0.5, 0.5], far])
+    with pytest.raises(ValueError, match="point, k"):
+        sweep_trees(fakes.Model(), params, fused, np.zeros((0, 3)), TASKS)

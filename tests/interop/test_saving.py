@@ -110,6 +110,7 @@ def test_verify_sees_every_change(merged, tmp_path):
         (b'{"format": "pefusion-manifest-1", "files": 3}', "files must map"),
         (b'{"format": "pefusion-manifest-1", "files": {"../x": {"sha256": "", "bytes": 0}}}', "leads out of the folder"),
         (b'{"format": "pefusion-manifest-1", "files": {"/etc/passwd": {"sha256": "", "bytes": 0}}}', "leads out of the folder"),
+        (b'{"format": "pefusion-manifest-1", "files": {"a\\u001b[2J": {"sha256": "", "bytes": 0}}}', "cannot be printed"),
         (b'{"format": "pefusion-manifest-1", "files": {"a": {"sha256": 3, "bytes": 0}}}', "sha256 and bytes"),
         (b" " * (manifest.MAX_BYTES + 1), "too large"),
     ],
