@@ -38,6 +38,7 @@ from pefusion_jax.rules import (
     fitting,
     join,
     owner_on_layers,
+    refuse_slashes,
     refuse_taken,
     require_whole,
     sees,
@@ -167,6 +168,7 @@ def adapt(model: nn.Module, methods: Any) -> Adapted:
     on_parameters = tuple(rule for rule in rules if rule.acts_on == "parameters")
 
     def init(key: jax.Array, params: Any, *inputs: Any, **kwargs: Any) -> dict[str, Any]:
+        refuse_slashes(_collections(params)["params"])
         tree = _init_layers(model, on_layers, key, params, inputs, kwargs) if on_layers else {}
         parameters = trees.flat(_collections(params)["params"])
         for rule in on_parameters:
@@ -291,8 +293,11 @@ def _init_layers(
     """Creates the adapter leaves by tracing the model once; XLA drops the forward pass, whose outputs nobody uses."""
     matched: dict[int, set[str]] = {}
     seen: dict[str, Layer] = {}
+    normalised: dict[str, str] = {}  # what a SpectralNorm wraps -> the wrapper
 
     def create(next_fn: Callable[..., Any], args: Any, call_kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, nn.SpectralNorm) and context.method_name == "__call__":
+            normalised["/".join(context.module.layer_instance.path)] = "/".join(context.module.path)
         y = next_fn(*args, **call_kwargs)
         layer = describe(context.module, context.method_name, args, call_kwargs)
         if layer is None:
@@ -301,6 +306,13 @@ def _init_layers(
         rule = first([rule for rule in rules if sees(rule, layer)], layer.path)
         if rule is not None:
             matched.setdefault(rules.index(rule), set()).add(layer.path)
+            within = next((path for path in normalised if f"{layer.path}/".startswith(f"{path}/")), None)
+            if within is not None:
+                raise ValueError(
+                    f"targets={rule.targets!r} matches {layer.path!r}, whose weight {normalised[within]!r}, a SpectralNorm, "
+                    f"normalises in every call, so that {type(rule).__name__} beside it would change another weight; narrow "
+                    "the targets"
+                )
             module = context.module
             leaves = rule.leaves(layer)
             refuse_taken([join(layer.path, name) for name in leaves], taken)
@@ -384,6 +396,7 @@ def _interceptor(
             key = module.make_rng("dropout")
         x = input_of(module, args, kwargs)
         with fitting(layer.path, leaves):
-            return y + branch(rule, layer, tuple(leaves), x, y, key).astype(y.dtype)
+            base = rule.beneath(x, y) if hasattr(rule, "beneath") else y
+            return base + branch(rule, layer, tuple(leaves), x, y, key).astype(y.dtype)
 
     return intercept

@@ -95,6 +95,9 @@ def describe(module: nn.Module, method: str, args: Any, kwargs: Any) -> Layer | 
         if getattr(module, "batch_dims", ()) or getattr(module, "feature_group_count", 1) != 1:
             # A factor pair that is shared by groups or batch entries is not a change of this weight.
             return None
+        if getattr(module, "mask", None) is not None:
+            # Nor is a pair a change of the masked weight, in which some entries stay zero.
+            return None
         inputs, outputs = shape[: len(shape) - count], shape[len(shape) - count :]
 
         def pair(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -26,9 +26,9 @@ class Method(Protocol):
 
     A method may also have ``taps = True``: its rules address taps too (``backbones.Tap``), which no other method sees;
     ``folds = False``: its branch is no change of weights, and ``change`` always raises; ``optional``: those of its names that
-    not every site has; ``patterns``: regular expressions beside the targets, each of which has to match one of its layers; and
-    ``around(call) -> call``: it gives the adapted model, ``call(*inputs, **kwargs) -> outputs``, other inputs than it was
-    called with, or edits its outputs.
+    not every site has; ``patterns``: regular expressions beside the targets, each of which has to match one of its layers;
+    ``beneath(x, y) -> y``: what its branch is added to in place of the layer's output; and ``around(call) -> call``: it gives
+    the adapted model, ``call(*inputs, **kwargs) -> outputs``, other inputs than it was called with, or edits its outputs.
     """
 
     targets: str
@@ -181,6 +181,18 @@ def _unknown(path: str, modules: Iterable[str]) -> str:
         f"the adapters have a leaf {path!r} but the base parameters have no such module"
         f"{trees.did_you_mean(path.rpartition('/')[0], modules)}; were they made for another model?"
     )
+
+
+def refuse_slashes(weights: Any, path: str = "") -> None:
+    """Refuses names that no path can hold."""
+    for name, below in weights.items() if isinstance(weights, Mapping) else ():
+        if "/" in str(name):
+            raise ValueError(
+                f"the module {path!r} has a parameter named {name!r}, with a slash, as nn.WeightNorm names the scale of a "
+                "layer that it wraps: paths of parameters would be ambiguous. Give the model its layers without that wrapper, "
+                "with the product of scale and normalised weight as their weight"
+            )
+        refuse_slashes(below, join(path, str(name)))
 
 
 def refuse_taken(leaves: Iterable[str], parameters: Mapping[str, Any]) -> None:

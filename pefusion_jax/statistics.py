@@ -24,7 +24,7 @@ from pefusion_jax.deltas import Delta, LowRank, fold
 from pefusion_jax.layers import Layer
 from pefusion_jax.layerwise import separate, stacked_layers
 from pefusion_jax.moments import Moments, Statistics, diagonal_moment
-from pefusion_jax.probes import INPUTS, MIXED, OUTPUTS, ROWS, Probe, observe, row_weights
+from pefusion_jax.probes import INPUTS, MIXED, OUTPUTS, ROWS, Probe, listen, observe, row_weights
 from pefusion_jax.tasks.metrics import token_cross_entropy
 from pefusion_jax.tasks.task import Batch, Head, Task, eval_batches, task_number, train_batch
 
@@ -54,9 +54,9 @@ def statistics(
 
     over the positions :math:`p` (tokens, patches) of :math:`N` examples: :math:`x_p` is what the layer multiplies its weight
     by, :math:`g_p = \nabla_{y_p} \log p(\hat y | x)`, and :math:`\hat y` is drawn from the model's own prediction. :math:`m_p`
-    is 0 for rows that fill up a batch and for padding: where the positions have the shape of ``attention_mask`` (or
-    ``decoder_attention_mask``, which goes first for paths with a ``decoder``). A position that has no mask of its own counts
-    with its example.
+    is 0 for rows that fill up a batch and for padding: where the positions are those of ``attention_mask``, or of
+    ``decoder_attention_mask`` for layers that read the decoder's tokens. A position that has no mask of its own counts with its
+    example.
 
     A generated model is taken with the adapters that it makes for the task. A plain or layer-wise linearized model is taken
     with its change folded into the weights. A model that is affine in its change (``network``, ``weight``) has the layers'
@@ -65,8 +65,9 @@ def statistics(
 
     Weights of a convolution are read as matrices over patches. For an embedding :math:`G` is diagonal, the frequencies of
     the rows; what a tied output head (``attend``) does with the table is not counted. A module that is called several times
-    sums over its calls. Parameters of other modules (norms) have no moments, only a Fisher diagonal; nor has a dense change of
-    an einsum whose weight has its input axes between its output axes.
+    sums over its calls. Parameters of other modules (norms) have no moments, only a Fisher diagonal; nor has a table that is
+    read once for all rows of a batch (BERT's positions, the distances of T5 and MPNet), nor a dense change of an einsum whose
+    weight has its input axes between its output axes. What has no moments is averaged by the methods that use them.
 
     Args:
       adapted: the model, plain or linearized; made with :func:`~pefusion_jax.adapt.adapt`.
@@ -89,7 +90,8 @@ def statistics(
       Float32 statistics.
 
     Raises:
-      ValueError: for unknown kinds, a model without weight-space changes, batches without a head or without rows.
+      ValueError: for unknown kinds, a model without weight-space changes, batches without a head or without rows, and layers
+        whose positions are not told from the rows of a batch, or the encoder's from the decoder's.
 
     Example::
 
@@ -221,16 +223,31 @@ def _program(
         return jax.grad(score, allow_int=True)(outputs)
 
     def sums_of(probes: Any, start: Any, params: Any, tree: Any, head_params: Any, inputs: Any, weights: Any, keys: Any) -> Any:
+        def positions_of(inputs: Any) -> dict[str, set[tuple[int, ...]]]:
+            found: dict[str, set[tuple[int, ...]]] = {}
+
+            def branch(rule: Any, layer: Layer, leaves: Any, x: Any, y: jax.Array, _: Any) -> jax.Array:
+                read = _read(layer, leaves[0], x)
+                if read is not None:
+                    found.setdefault(layer.path, set()).add(read[1])
+                return jnp.zeros_like(y)
+
+            forward = probed.expand.forward(branch, None)
+            jax.eval_shape(lambda inputs: forward(start, (probes,), **inputs), inputs)
+            return found
+
+        calls = listen(positions_of, inputs, len(weights))
+
         def branch(rule: Any, layer: Layer, leaves: Any, x: Any, y: jax.Array, _: Any) -> jax.Array:
-            if layer.rows is None and jnp.issubdtype(x.dtype, jnp.floating):
-                return jnp.zeros_like(y)  # a tied output head
-            rows = x if layer.rows is None else layer.rows(x)
-            inner = leaves[0][OUTPUTS].ndim - 2
-            positions = rows.shape if layer.rows is None else rows.shape[inner:-1]
-            width = leaves[0][OUTPUTS].shape[-1]
-            like = jnp.zeros((*rows.shape[:inner], *positions, width), y.dtype)
-            seen = observe(leaves[0], rows, row_weights(layer.path, positions, weights, inputs), like)
-            return layer.place(seen, y)
+            read = _read(layer, leaves[0], x)
+            if read is None:
+                return jnp.zeros_like(y)
+            rows, positions, inner = read
+            counted = row_weights(layer.path, x, positions, weights, inputs, calls)
+            if counted is None:
+                return jnp.zeros_like(y)
+            like = jnp.zeros((*rows.shape[:inner], *positions, leaves[0][OUTPUTS].shape[-1]), y.dtype)
+            return layer.place(observe(leaves[0], rows, counted, like), y)
 
         forward = probed.expand.forward(branch, None)
         outputs, pull = jax.vjp(lambda leaves: forward(start, (leaves,), **inputs), probes)
@@ -277,6 +294,15 @@ def _program(
     return run
 
 
+def _read(layer: Layer, leaves: Any, x: Any) -> tuple[jax.Array, tuple[int, ...], int] | None:
+    """What the weight is multiplied by, at which positions, behind how many axes of the weight's own; or nothing."""
+    inner = leaves[OUTPUTS].ndim - 2
+    if layer.rows is None:  # a tied output head has activations for ids
+        return None if jnp.issubdtype(x.dtype, jnp.floating) else (x, x.shape, inner)
+    rows = layer.rows(x)
+    return rows, rows.shape[inner:-1], inner
+
+
 def _moments(sums: dict[str, Any], wanted: list[str], delta: Delta, count: Any, with_outputs: bool) -> dict[str, Moments]:
     found = {}
     for path in wanted:
@@ -288,6 +314,8 @@ def _moments(sums: dict[str, Any], wanted: list[str], delta: Delta, count: Any, 
         if prefix + MIXED in sums and not isinstance(change, LowRank) and name != "bias":
             continue  # nothing says which of its axes are inputs
         g, s, rows = (sums[prefix + leaf] for leaf in (INPUTS, OUTPUTS, ROWS))
+        if not np.any(rows):
+            continue  # read once for all rows
         rows = jnp.maximum(rows, jnp.finfo(jnp.float32).tiny)
         outputs = s / count if with_outputs else None
         inputs: Any = g / rows.reshape(*rows.shape, *(1,) * (g.ndim - rows.ndim))

@@ -160,7 +160,14 @@ def test_a_bfloat16_base_with_float32_adapters():
         assert np.isfinite(out) and all(leaf.dtype == jnp.float32 and np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("layer", [nn.DenseGeneral(4, batch_dims=(0,), axis=-1), nn.Conv(6, (1,), feature_group_count=3)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.DenseGeneral(4, batch_dims=(0,), axis=-1),
+        nn.Conv(6, (1,), feature_group_count=3),
+        nn.Conv(6, (1,), mask=np.tri(6, dtype=np.float32)[None]),
+    ],
+)
 def test_layers_without_a_factor_pair_are_not_adapted_silently(layer):
     class Odd(nn.Module):
         @nn.compact
@@ -171,6 +178,31 @@ def test_layers_without_a_factor_pair_are_not_adapted_silently(layer):
     params = Odd().init(jax.random.key(0), x)["params"]
     with pytest.raises(ValueError, match="matches no layer that LoRA can adapt"):
         pf.adapt(Odd(), pf.LoRA(rank=2, targets="odd")).init(jax.random.key(0), params, x)
+
+
+@pytest.mark.parametrize(
+    "wrapper, message",
+    [
+        (nn.WeightNorm, "'WeightNorm_0' has a parameter named 'odd/kernel/scale', with a slash"),
+        (nn.SpectralNorm, "matches 'odd', whose weight 'SpectralNorm_0', a SpectralNorm, normalises.*LoRA"),
+    ],
+)
+def test_layers_whose_weight_a_wrapper_normalises_are_refused(wrapper, message):
+    class Wrapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            how = {"update_stats": False} if wrapper is nn.SpectralNorm else {}
+            return nn.Dense(2, name="even")(wrapper(nn.Dense(5, name="odd"))(x, **how))
+
+    x = jnp.ones((3, 4))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        variables = Wrapped().init(jax.random.key(0), x)
+        with pytest.raises(ValueError, match=message):
+            pf.adapt(Wrapped(), pf.LoRA(rank=2, targets=".*")).init(jax.random.key(0), variables, x)
+        if wrapper is nn.SpectralNorm:
+            adapted = pf.adapt(Wrapped(), pf.LoRA(rank=2, targets="even"))
+            adapters = adapted.init(jax.random.key(0), variables, x)
+            np.testing.assert_array_equal(adapted.apply(variables, adapters, x), adapted.base(variables, x))
 
 
 def test_errors_say_what_to_do():

@@ -13,6 +13,7 @@ import pytest
 import statistics_models as models
 
 import pefusion_jax as pf
+from pefusion_jax import backbones
 from pefusion_jax.interop import safetensors
 from pefusion_jax.moment_files import load_statistics, save_statistics
 from pefusion_jax.moments import (
@@ -114,6 +115,136 @@ def test_kinds_of_layers_by_their_fisher_information():
         np.testing.assert_allclose(product, fisher.reshape(product.shape), rtol=1e-4, atol=1e-7, err_msg=path)
         assert product.max() > 1e-6
     assert found.moments["experts/kernel"].inputs.shape == (2, 2, 2)
+
+
+def first_of_decoder(outputs, inputs):
+    return outputs.last_hidden_state[:, 0]
+
+
+def itself(params, features):
+    return features
+
+
+LAST = Head({}, first_of_decoder, itself)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_an_encoder_decoder_counts_the_tokens_that_a_layer_reads(scan):
+    """With as many decoder tokens as encoder tokens, rows and buckets: by hand, and as where all of these differ."""
+    config = dict(vocab_size=13, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, tied=False)
+    model = backbones.T5(backbones.T5Config(**config, relative_attention_num_buckets=6), scan_layers=scan)
+    rng = np.random.default_rng(0)
+    source, target = (rng.integers(1, 13, size=(6, 6)).astype(np.int32) for _ in range(2))
+    read, told = (np.broadcast_to(np.arange(6) < n, (6, 6)).astype(np.int32) for n in (5, 2))
+    weights = np.array([1, 1, 1, 1, 1, 0], np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), source, decoder_input_ids=target)["params"]
+    adapted = pf.adapt(model, pf.LoRA(rank=2, targets=r"shared|lm_head|.*/(q|v|wi|relative_attention_bias)"))
+    start = adapted.init(jax.random.key(1), params, source, decoder_input_ids=target)
+    tree = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape), start)
+
+    def run(more, masked=True):
+        longer = {name: np.pad(a, ((0, 0), (0, more))) for name, a in (("ids", target), ("mask", told))}
+        inputs = {"input_ids": source, "attention_mask": read, "decoder_input_ids": longer["ids"]}
+        inputs |= {"decoder_attention_mask": longer["mask"]} if masked else {}
+        return statistics(adapted, params, tree, [{"inputs": inputs, "weights": weights}], head=LAST, likelihood="gaussian")
+
+    found = run(0)
+    assert not [path for path in found.moments if "relative_attention_bias" in path]
+    for path, moments in run(1).moments.items():
+        for side in ("inputs", "outputs"):
+            same = (np.asarray(dense_moment(getattr(each, side))) for each in (found.moments[path], moments))
+            np.testing.assert_allclose(*same, rtol=1e-4, atol=1e-6, err_msg=path)
+    words = np.concatenate([ids[mask * weights[:, None] > 0] for ids, mask in ((source, read), (target, told))])
+    frequencies = np.bincount(words, minlength=13) / len(words)
+    np.testing.assert_allclose(found.moments["shared/embedding"].inputs.diagonal, frequencies, rtol=1e-5)
+    seen = adapted.apply(params, tree, source, attention_mask=read, decoder_input_ids=target).encoder_last_hidden_state
+    rows = np.asarray(seen, np.float64)[read * weights[:, None] > 0]
+    for each in (found, run(0, masked=False)):  # the encoder's mask is never the decoder's
+        path = "decoder/block/0/layer/1/EncDecAttention/v/kernel"
+        np.testing.assert_allclose(each.moments[path].inputs, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+    whole = np.concatenate([source[read * weights[:, None] > 0], target[weights > 0].reshape(-1)])
+    counted = run(0, masked=False).moments["shared/embedding"].inputs.diagonal
+    np.testing.assert_allclose(counted, np.bincount(whole, minlength=13) / len(whole), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "MPNet"])
+def test_tables_that_are_read_once_for_all_rows_have_no_moments(kind):
+    """As many tokens as rows, so that the queries of MPNet's distances look like rows."""
+    shape = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, max_position_embeddings=8)
+    model = getattr(backbones, kind)(getattr(backbones, f"{kind}Config")(vocab_size=11, **shape))
+    ids = np.arange(9, dtype=np.int32).reshape(3, 3) % 5 + 3
+    params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+    adapted = pf.adapt(model, pf.LoRA(rank=2, targets=r".*(word|position)_embeddings|.*relative_attention_bias"))
+    tree = jax.tree.map(lambda leaf: leaf + 0.1, adapted.init(jax.random.key(1), params, ids))
+
+    def run(inputs):
+        batches = [{"inputs": {"input_ids": rows}, "weights": np.ones(len(rows), np.float32)} for rows in inputs]
+        return statistics(adapted, params, tree, batches, head=LAST).moments
+
+    together, apart = run([ids]), run([row[None] for row in ids])
+    # MPNet counts positions row by row from the padding.
+    tables = ["position", "word"] if kind == "MPNet" else ["word"]
+    assert sorted(together) == sorted(apart) == [f"embeddings/{table}_embeddings/embedding" for table in tables]
+    for path, moments in together.items():
+        np.testing.assert_allclose(moments.outputs, apart[path].outputs, rtol=1e-4, atol=1e-7)
+
+
+class Flat(nn.Module):
+    """A layer on rows and tokens in one axis, or on one row at a time."""
+
+    mapped: bool = False
+
+    @nn.compact
+    def __call__(self, x, attention_mask):
+        if self.mapped:
+            h = nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False})(3, name="d")(x)
+        else:
+            h = nn.Dense(3, name="d")(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], 3)
+        return jnp.sum(jnp.tanh(h) * attention_mask.astype(x.dtype)[..., None], axis=1)
+
+
+def test_rows_in_one_axis_with_their_tokens_are_told_apart_and_others_refused():
+    x = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
+    mask = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], np.int32)
+    batch = {"inputs": {"x": x, "attention_mask": mask}, "weights": np.array([1, 1, 1, 0], np.float32)}
+    params = Flat().init(jax.random.key(0), **batch["inputs"])["params"]
+    adapted = pf.adapt(Flat(), pf.LoRA(rank=2, targets="d"))
+    tree = adapted.init(jax.random.key(1), params, **batch["inputs"])
+    head = Head({}, lambda outputs, inputs: outputs, itself)
+    found = statistics(adapted, params, tree, [batch], head=head).moments["d/kernel"]
+    rows = x[mask * batch["weights"][:, None] > 0].astype(np.float64)
+    np.testing.assert_allclose(found.inputs, rows.T @ rows / 6, rtol=1e-5, atol=1e-6)
+    adapted = pf.adapt(Flat(mapped=True), pf.LoRA(rank=2, targets="d"))
+    with pytest.raises(ValueError, match=r"'d' is called at positions of shape \(3,\), .* 4 rows.*nn.vmap"):
+        statistics(adapted, params, tree, [batch], head=head)
+
+
+class Both(nn.Module):
+    """One layer for the tokens of both sides."""
+
+    @nn.compact
+    def __call__(self, input_ids, decoder_input_ids, attention_mask=None):
+        layer = nn.Dense(2, name="both")
+        source, target = (jnp.tanh(layer(jax.nn.one_hot(ids, 5))) for ids in (input_ids, decoder_input_ids))
+        return jnp.sum(source, axis=1) + target[:, 0]
+
+
+def test_a_layer_of_both_sides_wants_different_lengths():
+    ids, mask = np.array([[0, 1, 2], [3, 4, 0]], np.int32), np.array([[1, 1, 0], [1, 1, 1]], np.int32)
+    params = Both().init(jax.random.key(0), ids, ids)["params"]
+    adapted = pf.adapt(Both(), pf.LoRA(rank=2, targets="both"))
+    tree = adapted.init(jax.random.key(1), params, ids, ids)
+
+    def run(target):
+        inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": target}
+        head = Head({}, lambda outputs, inputs: outputs, itself)
+        return statistics(adapted, params, tree, [{"inputs": inputs, "weights": np.ones(2, np.float32)}], head=head)
+
+    with pytest.raises(ValueError, match="'both' reads the encoder's tokens and the decoder's.*different lengths"):
+        run(ids)
+    counted = np.concatenate([ids[mask > 0], ids[:, :2].reshape(-1)])
+    frequencies = np.bincount(counted, minlength=5) / len(counted)
+    np.testing.assert_allclose(np.diagonal(run(ids[:, :2]).moments["both/kernel"].inputs), frequencies, rtol=1e-6)
 
 
 def test_a_task_gives_its_own_examples_and_a_bias_is_the_weight_of_a_constant():

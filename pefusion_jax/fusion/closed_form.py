@@ -18,6 +18,7 @@ averaged. One task alone comes back bit for bit, at scale 1.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,10 +69,12 @@ def fisher(
     for name, found in statistics.items():
         if not found.fisher:
             raise ValueError(f"the statistics of {name!r} have no Fisher diagonals; collect them with kinds=('fisher',)")
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(f)) for f in found.fisher.values()))
         count = sum(f.size for f in found.fisher.values())
         mean = sum(jnp.sum(f) for f in found.fisher.values()) / count
         tiny = jnp.finfo(jnp.float32).tiny
+        # In units of the largest entry: the square of one below 1e-22 or above 1e19 is none of float32's numbers.
+        most = functools.reduce(jnp.maximum, [jnp.max(f) for f in found.fisher.values()], jnp.float32(tiny))
+        norm = most * jnp.sqrt(sum(jnp.sum(jnp.square(f / most)) for f in found.fisher.values()))
         by = jnp.maximum(norm, tiny) if normalize else jnp.ones((), jnp.float32)
         weights[name] = {path: (f + floor * jnp.maximum(mean, tiny)) / by for path, f in found.fisher.items()}
 

@@ -111,7 +111,8 @@ def trim(density: float | jax.Array, scope: Literal["global", "per_tensor"] = "g
     of the whole tree (``"global"``) or of each leaf (``"per_tensor"``). Of entries with the same magnitude
     those that come first are kept, in the order of the tree's paths and then of the array, so that the result
     is deterministic. A traced density is multiplied out in its own precision: in float32 the number may
-    differ by one from that of a Python number.
+    differ from that of a Python number by one or two spacings of float32 at that size: 1 each up to
+    :math:`2^{24}` entries kept, 128 each near :math:`2^{31}`.
 
     The threshold is found by bisection on the bit pattern of the magnitudes, one counting pass a bit: exact,
     without a sort and without a flattened copy, and sharded arrays stay sharded.

@@ -59,7 +59,8 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
     ``apply`` takes ``task``, int32 ``[]`` or ``[groups]``: the rows of the batch are ``groups`` blocks of equal size, in order,
     and each block belongs to one task. A single number costs what the plain adapter costs, beside the generation; with several,
     the model is mapped over the blocks, whose adapters are made once for each task present or for each task there is, whichever
-    are fewer. A generator that looks at the instance makes adapters for each row and maps the model over the rows.
+    are fewer. A traced number that no task has gives adapters of NaN, since nothing can be raised. A generator that looks at
+    the instance makes adapters for each row and maps the model over the rows.
 
     Args:
       adapted: what ``adapt`` returned.
@@ -98,6 +99,10 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
     def one(params: Any, tree: Any, task: Any) -> Any:
         flat, layout = described(params)
         made = generator.make(tree, flat, layout, task)
+        if generator.tasks:
+            # The number of no task, see numbers(): to index with it would make the last task's.
+            known = (task if observe is None else task[0]) < len(generator.tasks)
+            made = {path: jnp.where(known, leaf, jnp.nan) for path, leaf in made.items()}
         for path in made:
             if not layout.adapted(path):
                 raise ValueError(
@@ -111,7 +116,7 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         if ids.shape[0] <= len(generator.tasks):
             return jax.vmap(lambda task: one(params, tree, task))(ids)
         every = jax.vmap(lambda task: one(params, tree, task))(jnp.arange(len(generator.tasks), dtype=jnp.int32))
-        return jax.tree.map(lambda leaf: leaf[ids], every)
+        return jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=0), every)  # NaN for the number of no task
 
     def maker(params: Any, ids: Any, inputs: Any, kwargs: Any) -> Callable[[Any], Any]:
         """Tree -> adapters; with the blocks in front where there are several, with the rows where these are observed."""
@@ -139,7 +144,11 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         return before, jax.tree.map(jnp.subtract, after, before)
 
     def numbers(task: Any) -> Any:
-        """Checked task numbers: ``None``, ``[]``, or ``[groups]`` with more than one group."""
+        """Checked task numbers: ``None``, ``[]``, or ``[groups]`` with more than one group.
+
+        Traced ones cannot be refused: those out of range, negative ones too, become the number of tasks, for which the
+        adapters are NaN.
+        """
         if not generator.tasks:
             if task is not None:
                 raise ValueError("this generator makes one set of adapters for all inputs; leave out task=")
@@ -155,6 +164,8 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
                     f"task={task!r:.80} must be numbers from 0 to {len(generator.tasks) - 1}: {_listed(generator.tasks)}"
                 )
         ids = jnp.asarray(task, jnp.int32)
+        if isinstance(ids, jax.core.Tracer):
+            ids = jnp.where((ids >= 0) & (ids < len(generator.tasks)), ids, len(generator.tasks))
         if ids.ndim > 1:
             raise ValueError(f"task has the shape {ids.shape}; it must be one number, or [groups]")
         return ids[0] if ids.shape == (1,) else ids

@@ -102,16 +102,24 @@ class PromptTuning:
             )
         return {LEAF: (_STARTS[self.init], (self.length, *site.outputs))}
 
+    def beneath(self, x: Any, y: jax.Array) -> jax.Array:
+        """``y`` with zeros at the prompt's positions, where the table has nothing to say."""
+        # Not left to the branch: a difference to the table's rows would be rounded at their size, not at the prompt's.
+        return jnp.where(x[..., None] == _HERE, jnp.zeros_like(y), y) if self._stands_in(x) else y
+
     def branch(self, layer: Layer, leaves: Leaves, x: Any, y: jax.Array, key: jax.Array | None) -> jax.Array:
-        """What makes the rows of ``y`` at the prompt's positions the prompt's."""
+        """The prompt at its positions, zeros at all others."""
         prompt, n = leaves[LEAF], self.length
         if prompt.shape[0] != n:
             raise ValueError(f"the prompt at {layer.path!r} has {prompt.shape[0]} positions, PromptTuning(length={n}) has {n}")
-        if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim != 2 or x.shape[1] < n:
-            return jnp.zeros_like(y)  # a head that is tied to the table, or the tokens of a decoder
-        rest = prompt[None] - y[:, :n].astype(prompt.dtype)
-        rest = jnp.where(x[:, :n, None] == _HERE, rest, jnp.zeros_like(rest)).astype(y.dtype)
-        return jnp.pad(rest, ((0, 0), (0, y.shape[1] - n), (0, 0)))
+        if not self._stands_in(x):
+            return jnp.zeros_like(y)
+        front = jnp.where(x[:, :n, None] == _HERE, prompt[None], jnp.zeros_like(prompt)[None])
+        return jnp.pad(front, ((0, 0), (0, y.shape[1] - n), (0, 0)))
+
+    def _stands_in(self, x: Any) -> bool:
+        """Whether ``x`` may have the prompt's positions: not the input of a head that is tied to the table, nor few tokens."""
+        return bool(jnp.issubdtype(x.dtype, jnp.integer)) and x.ndim == 2 and x.shape[1] >= self.length
 
     def change(self, path: str, leaves: Leaves, weights: Mapping[str, jax.Array]) -> dict[str, Any]:
         """None: always raises a ValueError."""

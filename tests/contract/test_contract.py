@@ -299,7 +299,9 @@ def test_eight_devices_equal_one_and_only_adapters_cross_the_wire(loop, mode):
     tree = loop.point if mode is None else adapted.init(None, loop.params)
     trained, held = trees.split(tree, adapted.trainable(tree))
     ids = jax.random.randint(jax.random.key(4), (8, 6), 0, 11)
-    batch = {"inputs": {"ids": ids}, "labels": ids[:, 0] % 2, "weights": jnp.ones(8)}
+    # Of other weight on every device, and of none on some: the mean of the devices' means is another number.
+    weights = jnp.array([1.0, 2.0, 0.5, 1.0, 1.0, 0.0, 0.0, 0.0])
+    batch = {"inputs": {"ids": ids}, "labels": ids[:, 0] % 2, "weights": weights}
     states = []
     for devices in (tuple(jax.devices()), tuple(jax.devices()[:1])):
         step = parallel.compiled_step(

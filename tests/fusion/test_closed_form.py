@@ -240,6 +240,16 @@ def test_fisher_is_the_weighted_average():
         np.testing.assert_allclose(dense(merged.leaves[path]), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_fisher_information_weighs_alike_in_every_unit(unit):
+    deltas, stats = problem()
+    scaled = dataclasses.replace(stats["a"], fisher={path: f * unit for path, f in stats["a"].fisher.items()})
+    expected = pf.fuse(fusion.fisher(stats), deltas)
+    merged = pf.fuse(fusion.fisher(stats | {"a": scaled}), deltas)
+    for path, leaf in expected.leaves.items():
+        np.testing.assert_allclose(dense(merged.leaves[path]), dense(leaf), rtol=1e-4, atol=1e-5)
+
+
 METHODS = {
     "fisher": fusion.fisher,
     "regmean": fusion.regmean,

@@ -193,6 +193,12 @@ def test_errors_say_what_does_not_fit(bert, trained):
         made.materialise(params, tree, "mrcp")
     with pytest.raises(ValueError, match=r"must be numbers from 0 to 2: 0 rte, 1 mrpc, 2 cola"):
         made.apply(params, tree, IDS, task=np.array([3]))
+    traced = jax.jit(lambda task: made.apply(params, tree, IDS, task=task).last_hidden_state)
+    assert np.isfinite(traced(jnp.int32(2))).all()
+    for number in (3, -1):
+        assert np.isnan(traced(jnp.int32(number))).all(), "a traced number cannot be refused, but it shows"
+        rows = np.isnan(traced(jnp.array([0, number, 1, 2]))).all(axis=(1, 2))
+        np.testing.assert_array_equal(rows, [False, True, False, False])
     with pytest.raises(ValueError, match="say which task"):
         made.apply(params, tree, IDS)
     with pytest.raises(ValueError, match="3 groups do not divide a batch of 4 rows"):

@@ -5,6 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +116,32 @@ def test_prompt_is_what_is_embedded_and_outputs_lose_it():
     assert len(given.hidden_states) == 2
     for ours, theirs in zip(given.hidden_states, expected.hidden_states, strict=True):
         close(ours, theirs[:, N:])
+
+
+class Table(nn.Module):
+    """What a model reads, [batch, seq * d], in the dtype that it computes in; of two axes, so that it keeps the prompt."""
+
+    @nn.compact
+    def __call__(self, input_ids):
+        words = nn.Embed(7, 8, dtype=jnp.bfloat16, embedding_init=nn.initializers.normal(100.0), name="shared")
+        return words(input_ids).reshape(len(input_ids), -1)
+
+
+@pytest.mark.parametrize("mode", [None, "layer", "network"])
+def test_a_bfloat16_model_reads_the_prompt_whatever_the_size_of_its_table(mode):
+    ids = IDS[:, :2] % 7
+    params = Table().init(jax.random.key(0), ids)["params"]
+    adapted = pf.adapt(Table(), pf.PromptTuning(length=N))
+    start, step = (adapted.init(jax.random.key(seed), params, ids) for seed in (1, 2))
+    model = adapted if mode is None else pf.linearize(adapted, start, mode)
+    given = jax.jit(model.apply)(params, step, ids)
+    prompt, moved = (np.asarray(tree["shared"]["prompt"]) for tree in (start, step))
+    expected = jnp.asarray(moved if mode is None else prompt + moved, jnp.bfloat16)
+    assert given.dtype == jnp.bfloat16
+    for row, words in zip(given.reshape(2, N + 2, 8), adapted.base(params, ids).reshape(2, 2, 8), strict=True):
+        # Over the network the value and the derivative are rounded apart, each at its own size.
+        close(row[:N], expected, 2**-8 * (np.abs(prompt) + np.abs(moved)).max() if mode == "network" else 0)
+        np.testing.assert_array_equal(row[N:], words)
 
 
 def test_other_methods_work_beside_it_and_scans_agree():
