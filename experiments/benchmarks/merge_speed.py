@@ -13,7 +13,8 @@ bound, which leaves no result to compare.
 Part ``peers``: pairs of rank 16 on q, k, v and out of 24 layers of width 1024 (ViT-L/14), eight tasks, random and the same for
 all. Ours: ``pf.fuse``. peft: ``add_weighted_adapter``, which fuses pairs into a pair of rank 16. fusion_bench (0.2.33, in an
 environment of its own, on tensors from a file): its functions for state dicts, which are dense. Peers' methods that take many
-SVDs are timed on ``--peer-layers`` layers and their time is multiplied up to all of them.
+SVDs are timed on ``--peer-layers`` layers and their time is multiplied up to all of them, and so is fusion_bench's TIES from a
+quarter of the layers: all of them at once take more than 20 GB.
 
 A name stands for one method, though the peers differ in what they return: a dense change, a pair of rank 16 ("to rank 16"), or
 a pair whose factors were fused apart ("of A and B"). On a machine that is not ours alone set ``OPENBLAS_NUM_THREADS=1``: the
@@ -56,7 +57,9 @@ from fusion_bench.utils.state_dict_arithmetic import state_dict_avg, state_dict_
 stored, (tasks, layers, few), density = load_file(sys.argv[1]), map(int, sys.argv[2:5]), float(sys.argv[5])
 names = sorted({key.split("/", 1)[1][:-2] for key in stored})
 dense = [{n: stored[f"{t}/{n}.a"] @ stored[f"{t}/{n}.b"] for n in names} for t in range(tasks)]
-some = [{n: x for n, x in tree.items() if int(n.split(".")[1]) < few} for tree in dense]
+def of_layers(count):
+    return [{n: x for n, x in tree.items() if int(n.split(".")[1]) < count} for tree in dense]
+some, part = of_layers(few), max(1, layers // 4)
 def ties(trees):
     flat = torch.stack([state_dict_to_vector(tree) for tree in trees])
     return vector_to_state_dict(ties_merging(flat, reset_thresh=100 * density, merge_func="mean"), trees[0])
@@ -75,7 +78,7 @@ def timed(name, call, trees, factor=1.0):
     out[name] = {"seconds": factor * (time.perf_counter() - start), "norm": float(fused[names[0]].float().norm())}
 timed("average", state_dict_avg, dense)
 timed("task_arithmetic", lambda trees: state_dict_mul(state_dict_sum(trees), 0.3), dense)
-timed("ties", ties, dense)
+timed("ties", ties, of_layers(part), layers / part)
 timed("dare", dare, dense)
 timed("tsv_m", lambda trees: compute_and_sum_svd_mem_reduction(trees, accelerator="cpu"), some, layers / few)
 timed("iso_c", lambda trees: iso_c(trees, accelerator="cpu"), some, layers / few)
@@ -228,7 +231,7 @@ def peers(width, layers, tasks, few, python, repetitions):
     for t, delta in enumerate(given.values()):
         for name, pair in zip(names, delta.leaves.values(), strict=True):
             arrays |= {f"{t}/{name}.a": np.asarray(pair.a), f"{t}/{name}.b": np.asarray(pair.b)}
-    out = {"pefusion_jax": ours(given, repetitions), "peft": of_peft(arrays, names, layers, tasks, width, few)}
+    out = {}
     norms = {
         method: float(jnp.linalg.norm(pf.deltas.dense(pf.fuse(made, first).leaves["w"])))
         for first in [{name: Delta({"w": delta.leaves["layers/0/k/kernel"]}) for name, delta in given.items()}]
@@ -239,7 +242,7 @@ def peers(width, layers, tasks, few, python, repetitions):
             ("iso_c", fusion.iso_c()),
         )
     }
-    if python is not None:
+    if python is not None:  # first, while this process holds little memory
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "pairs.safetensors"
             save_safetensors(file, arrays)
@@ -248,13 +251,14 @@ def peers(width, layers, tasks, few, python, repetitions):
                 [os.fspath(part) if isinstance(part, Path) else str(part) for part in command], capture_output=True
             )
         if done.returncode:
-            raise OSError(f"fusion_bench failed in {python}:\n{done.stderr.decode()[-2000:]}")
+            raise OSError(f"fusion_bench ended with {done.returncode} in {python}:\n{done.stderr.decode()[-2000:]}")
         out["fusion_bench"] = json.loads(done.stdout.decode().splitlines()[-1])
         for name, row in out["fusion_bench"].items():
             row["norm_of_ours"] = norms.get(name)
-            row["timed_on_layers"] = few if name in ("tsv_m", "iso_c") else layers
+            row["timed_on_layers"] = few if name in ("tsv_m", "iso_c") else max(1, layers // 4) if name == "ties" else layers
             said = "" if norms.get(name) is None else f"   norm of one matrix {row['norm']:.5f}, ours {norms[name]:.5f}"
             print(f"fusion_bench  {name:20} {row['seconds']:9.3f} s{said}", flush=True)
+    out["pefusion_jax"], out["peft"] = ours(given, repetitions), of_peft(arrays, names, layers, tasks, width, few)
     return out
 
 
