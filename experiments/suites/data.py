@@ -30,6 +30,7 @@ from experiments.suites import choosing, images, texts
 from experiments.suites.fetch import default_root
 from experiments.suites.glue import glue_tasks
 from pefusion_jax import files
+from pefusion_jax.interop.pretrained import fingerprint as hash_of
 
 __all__ = ["ImageEncoder", "base_score", "glue_tasks", "load_images", "text_tasks", "vision_tasks"]
 
@@ -237,13 +238,12 @@ def _features(model: Any, params: Any, encoder: ImageEncoder, inputs: Any, batch
 
 def fingerprint(task: pf.tasks.Task) -> dict[str, Any]:
     """What tells a task from another of its name: a hash of its examples, and numbers of its head, which rounding may alter."""
-    digest = hashlib.sha256()
+    arrays = {}
     for split in choosing.SPLITS:
         inputs, labels = task.arrays(split)
-        for array in (*(inputs[name] for name in sorted(inputs)), labels):
-            digest.update(np.ascontiguousarray(array).tobytes())
+        arrays |= {f"{split}/{name}": array for name, array in inputs.items()} | {f"{split}/labels": labels}
     leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(task.head.params)]
-    return {"examples": digest.hexdigest()[:16], "head": [float(leaf @ np.cos(np.arange(leaf.size))) for leaf in leaves]}
+    return {"examples": hash_of(arrays), "head": [float(leaf @ np.cos(np.arange(leaf.size))) for leaf in leaves]}
 
 
 def same(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:
