@@ -142,12 +142,20 @@ def _common_start(loaded: Mapping[str, Any], space: str) -> Any:
 
     name, first = next(iter(loaded.items()))
     plain = first.spec["mode"] is None and space == "weight"
+    scored = {"head": "zero_shot", "max_length": Settings.max_length}  # the fused run is scored in one way
     for other, run in loaded.items():
         for entry in ("generator", "mode", "kind") if plain else ("methods", "generator", "mode", "kind"):
             theirs, ours = run.spec.get(entry), first.spec.get(entry)
             if theirs != ours:
                 raise ValueError(
                     f"{other} and {name} differ in {entry}: {theirs} and {ours}; only runs that were adapted alike can be fused"
+                )
+        for entry, default in scored.items():
+            theirs, ours = run.spec.get(entry, default), first.spec.get(entry, default)
+            if theirs != ours:
+                raise ValueError(
+                    f"{other} and {name} differ in {entry}: {theirs} and {ours}, and a fused run has one for all tasks; train "
+                    f"them with the same --{entry.replace('_', '-')}"
                 )
     if plain and any(run.spec["methods"] != first.spec["methods"] for run in loaded.values()):
         return None

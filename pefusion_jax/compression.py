@@ -51,13 +51,14 @@ def compress(delta: Delta, rank: int, *, stacks: Collection[str] = STACKS) -> Co
         :func:`~pefusion_jax.fusion.fuse`: each is a matrix of its own.
 
     Raises:
-      ValueError: if the rank is below 1.
+      ValueError: if the rank is below 1, or an array is sharded over explicit mesh axes.
 
     Reference:
       Eckart and Young, *The approximation of one matrix by another of lower rank*, 1936.
     """
     if rank < 1:
         raise ValueError(f"compress needs a rank of at least 1, not {rank}")
+    trees.require_auto_axes(delta.leaves, "the change")
     leaves: dict[str, Change] = {}
     lost, whole = {}, {}
     scanned = stacked_layers({path: (change,) for path, change in delta.leaves.items()}, stacks)

@@ -55,6 +55,9 @@ class LowRank:
     def __mul__(self, factor: Any) -> LowRank:
         return dataclasses.replace(self, b=self.b * factor)
 
+    __rmul__ = __mul__
+    __array_ufunc__ = None  # a NumPy number times a pair is ours to multiply
+
 
 Change = jax.Array | LowRank
 
@@ -76,6 +79,9 @@ class Delta:
 
     def __mul__(self, factor: Any) -> Delta:
         return Delta({path: leaf * factor for path, leaf in self.leaves.items()})
+
+    __rmul__ = __mul__
+    __array_ufunc__ = None
 
 
 def dense(leaf: Change) -> jax.Array:

@@ -151,6 +151,21 @@ def require_finite(tree: Tree, what: str) -> None:
                 )
 
 
+def require_auto_axes(tree: Tree, what: str) -> None:
+    """Checks that no leaf is sharded over explicit mesh axes, which most fusion methods have no sharding rules for.
+
+    Raises:
+      ValueError: naming ``what``, the first such path and how to make another mesh.
+    """
+    for path, leaf in paths(tree).items():
+        sharding = getattr(jax.typeof(leaf), "sharding", None)
+        if sharding is not None and any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types):
+            raise ValueError(
+                f"{what}: {path!r} is sharded over a mesh with explicit axes, as jax.make_mesh makes by default, but this "
+                "needs automatic ones: make the mesh with axis_types=(jax.sharding.AxisType.Auto,) * (number of its axes)"
+            )
+
+
 def stack(trees: Mapping[str, Tree] | Sequence[Tree]) -> Tree:
     """Stacks trees of one structure on a new leading axis: leaf ``[...]`` -> ``[tree, ...]``.
 

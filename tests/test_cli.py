@@ -173,6 +173,12 @@ def test_runs_that_do_not_belong_together_are_refused(out, tmp_path, capsys):
     pair = [str(out / "plain_spam"), str(out / "network_intents")]
     assert main(["fuse", *pair, "--out", str(tmp_path / "fused")]) == 1
     assert "differ in mode" in capsys.readouterr().err
+    run = pf.load_run(pair[0])
+    same = {"params": run.params, "methods": run.adapted.origin.methods, "adapters0": run.adapters0, "max_length": 16}
+    pf.save_run(tmp_path / "linear", run.tree, model=run.spec["model"], head="linear", **same)
+    assert main(["fuse", pair[0], str(tmp_path / "linear"), "--out", str(tmp_path / "fused")]) == 1
+    error = capsys.readouterr().err
+    assert "differ in head: linear and zero_shot" in error and "train them with the same --head" in error
 
 
 def test_plain_runs_of_different_ranks_and_targets_are_fused_in_weight_space(out, tmp_path, capsys):

@@ -77,6 +77,9 @@ def test_deltas_are_pytrees():
     doubled = jax.jit(lambda d: d * 2.0)(delta)
     np.testing.assert_allclose(doubled.dense().leaves["x/kernel"], 2 * delta.leaves["x/kernel"].dense(), atol=1e-5)
     assert len(trees.paths(delta)) == 3
+    for two in (2.0, np.float32(2.0), jnp.float32(2.0)):
+        jax.tree.map(np.testing.assert_array_equal, (two * delta).leaves, (delta * 2.0).leaves)
+        jax.tree.map(np.testing.assert_array_equal, two * delta.leaves["x/kernel"], delta.leaves["x/kernel"] * 2.0)
 
 
 def test_pairs_in_half_precision_are_multiplied_in_float32():

@@ -82,12 +82,17 @@ def main(settings: Settings) -> None:
     plain = pf.adapt(model, pf.LoRA(rank=settings.rank, alpha=settings.rank, targets=TARGETS))
     kinds = {"LoRA": plain, "CondLoRA": pf.generate(plain, generators.CondLoRA())}
 
+    def rate_of(kind: str) -> str:
+        return f"rate/{kind}/{settings.seeds[0]}"
+
     def made(name: str, seed: int) -> Any:
         sizes = {"train_size": settings.train_examples, "test_size": settings.test_examples, "train_seed": seed}
         (task,) = data.glue_tasks(
             model, params, tokenizer, settings.data, names=(name,), max_length=settings.max_length, **sizes
         )
-        return dataclasses.replace(task, validation=task.validation[: settings.validation_examples])
+        task = dataclasses.replace(task, validation=task.validation[: settings.validation_examples])
+        data.require_same(rows, [task], f"tasks/{name}/{seed}")
+        return task
 
     def train(adapted: pf.Adapted, task: Any, rate: float, seed: int) -> Any:
         how: dict[str, Any] = {"steps": settings.steps, "batch_size": settings.batch_size, "schedule": "linear"}
@@ -96,7 +101,7 @@ def main(settings: Settings) -> None:
         )
 
     for kind, adapted in kinds.items():
-        if f"rate/{kind}" not in rows:
+        if rate_of(kind) not in rows:
             trials = [made(name, settings.seeds[0]) for name in settings.rate_tasks]
 
             def validated(rate: float, adapted: Any = adapted, trials: Any = trials) -> float:
@@ -105,9 +110,11 @@ def main(settings: Settings) -> None:
                 return float(np.mean(scores))
 
             chosen = best_rate(validated, RATES, lambda text, kind=kind: say(f"{kind}, {text}"))  # type: ignore[misc]
-            rows.put(f"rate/{kind}", **chosen)
+            rows.put(rate_of(kind), **chosen)
     if "speed" not in rows:
-        rows.put("speed", **speed(kinds, params, made(settings.rate_tasks[0], settings.seeds[0]), settings))
+        rows.put(
+            "speed", rounds=settings.rounds, **speed(kinds, params, made(settings.rate_tasks[0], settings.seeds[0]), settings)
+        )
         say(f"speed: {rows['speed']}")
     for name in settings.tasks:
         for seed in settings.seeds:
@@ -117,7 +124,7 @@ def main(settings: Settings) -> None:
                 if key in rows:
                     continue
                 task = task or made(name, seed)
-                tree = train(adapted, task, rows[f"rate/{kind}"]["rate"], seed)
+                tree = train(adapted, task, rows[rate_of(kind)]["rate"], seed)
                 scores = pf.evaluate(adapted, params, tree, [task])
                 count = sum(leaf.size for leaf in jax.tree.leaves(adapted.trainable(tree)))
                 row = {"kind": kind, "task": name, "seed": seed, "trained": int(count)}

@@ -87,6 +87,7 @@ def main(settings: Settings) -> None:
     known = pf.tasks.embedded_tasks(model, params, tokenizer, buckets=(16, 32))
     new = data.text_tasks(model, params, tokenizer, settings.data, names=settings.targets, buckets=(16, 32))
     labelled = {task.name: dataclasses.replace(task, name=NEW, test=task.test[: settings.test_examples]) for task in new}
+    data.require_same(rows, [*known, *new])
     work = settings.work or default_root() / "adapters" / "few_shot"
     sources = trained(settings, model, params, known, work, say)
     ways = _ways(sources, params)

@@ -76,8 +76,12 @@ def main(settings: Settings) -> None:
     model, params = pf.load_pretrained(settings.model)
     draw = tasks_of(settings, model, params)
     first = draw(min(settings.examples), settings.seeds[0])
+    data.require_same(rows, first, f"tasks/{min(settings.examples)}/{settings.seeds[0]}")
     task_names = tuple(task.name for task in first)
     say(f"{settings.model}; tasks: {', '.join(task_names)}")
+
+    def rate_of(name: str) -> str:
+        return f"rate/{name}/{min(settings.examples)}/{settings.seeds[0]}"
 
     def how(approach: Approach) -> dict[str, Any]:
         return {"steps": settings.steps // (1 if approach.start is None else 2), "batch_size": settings.batch_size}
@@ -90,15 +94,15 @@ def main(settings: Settings) -> None:
         """Where training starts, if not at the model's own start: with prompts that each task trained alone; their size."""
         if approach.start is None:
             return None, 0
-        if f"rate/{PROMPTS}" not in rows:
+        if rate_of(PROMPTS) not in rows:
             raise ValueError(f"the rate of {PROMPTS!r} is not known yet; put it before the others in --approaches")
-        rate = rows[f"rate/{PROMPTS}"]["rate"]
+        rate = rows[rate_of(PROMPTS)]["rate"]
         made = tune(APPROACHES[PROMPTS], built(PROMPTS), params, tasks, rate=rate, seed=seed, **how(approach))
         return approach.start(adapted, params, tasks, made.trees, seed), made.trained
 
     for name in settings.approaches:
         approach, adapted = APPROACHES[name], built(name)
-        if f"rate/{name}" not in rows:
+        if rate_of(name) not in rows:
             seed = settings.seeds[0]
             start, _ = started(approach, adapted, first, seed)
 
@@ -107,15 +111,16 @@ def main(settings: Settings) -> None:
                 return tuned.scores(params, first, "validation").mean
 
             chosen = best_rate(validated, approach.rates, lambda text, name=name: say(f"{name}, {text}"))  # type: ignore[misc]
-            rows.put(f"rate/{name}", examples=min(settings.examples), seed=seed, **chosen)
+            rows.put(rate_of(name), **chosen)
         for count in settings.examples:
             for seed in settings.seeds:
                 key = f"{name}/{count}/{seed}"
                 if key in rows:
                     continue
                 tasks = draw(count, seed)
+                data.require_same(rows, tasks, f"tasks/{count}/{seed}")
                 start, before = started(approach, adapted, tasks, seed)
-                rate = rows[f"rate/{name}"]["rate"]
+                rate = rows[rate_of(name)]["rate"]
                 tuned = tune(approach, adapted, params, tasks, rate=rate, seed=seed, start=start, **how(approach))
                 scores = tuned.scores(params, tasks, "test")
                 more = retrieval(tuned, params, tasks, f"{count}_{seed}", settings.out)

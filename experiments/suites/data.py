@@ -26,6 +26,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a run as a script
 
 import pefusion_jax as pf
+from experiments.rows import Rows
 from experiments.suites import choosing, images, texts
 from experiments.suites.fetch import default_root
 from experiments.suites.glue import glue_tasks
@@ -251,6 +252,21 @@ def same(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:
     if one is None or one["examples"] != other["examples"] or len(one["head"]) != len(other["head"]):
         return False
     return bool(np.allclose(one["head"], other["head"], rtol=1e-2, atol=1e-3))
+
+
+def require_same(rows: Rows, tasks: Sequence[pf.tasks.Task], key: str = "tasks") -> None:
+    """Ties rows to the tasks that they are made on: the same examples and the same heads.
+
+    Raises:
+      ValueError: if what is there was made on others, naming the first.
+    """
+    asked = {task.name: fingerprint(task) for task in tasks}
+    found = rows.found.get(key, asked)
+    for name in asked:
+        if not same(found.get(name), asked[name]):
+            raise ValueError(f"{rows.path} was made with other examples or another head of {name}; name another folder")
+    if key not in rows:
+        rows.put(key, **asked)
 
 
 # ------------------------------------------------------------------------------------------------------------- table

@@ -90,7 +90,8 @@ def main(settings: Settings) -> None:
         report(rows.found, settings.out)
         return
     base, tasks = load(settings)
-    same_data(rows, work, tasks)
+    for store in (rows, Rows(work / "tasks.json", {})):  # scores; adapters and statistics
+        data.require_same(store, tasks)
     tasks = [dataclasses.replace(task, test=_by_length(task.test[: settings.test_examples])) for task in tasks]
     say(f"{base.name}: {len(tasks)} tasks: {', '.join(task.name for task in tasks)}")
     if "zero-shot" not in rows:
@@ -156,25 +157,6 @@ def load(settings: Settings) -> tuple[Base, list[Any]]:
     example = task_tools.train_batch(tasks[0], 0, settings.batch_size, 0)["inputs"]
     base = Base(name, model, params, *shape, example, others)
     return base, tasks
-
-
-def same_data(rows: Rows, work: Path, tasks: Sequence[Any]) -> None:
-    """Adapters, statistics and scores that are there were made on these tasks: the same examples and the same heads.
-
-    Raises:
-      ValueError: if not, naming the task.
-    """
-    asked = {task.name: data.fingerprint(task) for task in tasks}
-    kept = Rows(work / "tasks.json", {})
-    for where, store in ((rows.path, rows), (work, kept)):
-        found = store.found.get("tasks", asked)
-        for name in asked:
-            if not data.same(found.get(name), asked[name]):
-                raise ValueError(
-                    f"{where} was made with other examples or another head of {name}; name another --out and --work"
-                )
-        if "tasks" not in store:
-            store.put("tasks", **asked)
 
 
 def _untrained(base: Base, tasks: Any) -> tuple[pf.Adapted, dict[str, Any], Any, Any]:

@@ -56,7 +56,8 @@ def pcb(ratio: float | jax.Array = 0.05, scale: Any = 1.2) -> Fusion:
         shares = _minmax(clamped)
         together = [jnp.sum(jnp.sign(leaf) * share, axis=0) for leaf, share in zip(leaves, shares, strict=True)]
         scores = [
-            jnp.exp(count * jnp.square(share)) * jnp.tanh(leaf * common[None])
+            # Over e^T, which no later step sees: the factor alone is too large for float32 from 89 trees on.
+            jnp.exp(count * (jnp.square(share) - 1)) * jnp.tanh(leaf * common[None])
             for leaf, share, common in zip(leaves, shares, together, strict=True)
         ]
         if isinstance(ratio, jax.core.Tracer):

@@ -50,9 +50,11 @@ def fuse(
       dense changes. :func:`~pefusion_jax.compression.compress` brings either to a rank of your choice.
 
     The result does not depend on the order of a mapping: trees are taken by sorted name. A sequence is taken
-    as it comes. Nor does it depend on whether layers are stacked by a scan: methods that look at whole tensors
-    see one layer at a time. Everything may be traced, so that ``jax.jit(lambda scale, trees: fuse(task_arithmetic(scale),
-    trees))`` compiles once for all scales; leaves that are traced are not checked for NaN.
+    as it comes. Nor does it depend on whether a change is a pair or dense, but for convolution kernels: a pair is the matrix
+    that a LoRA makes of one, while dense ones are no matrices to the spectral methods, which average them. Nor does it
+    depend on whether layers are stacked by a scan: methods that look at whole tensors see one layer at a time. Everything
+    may be traced, so that ``jax.jit(lambda scale, trees: fuse(task_arithmetic(scale), trees))`` compiles once for all scales;
+    leaves that are traced are not checked for NaN.
 
     Args:
       method: a fusion method, such as ``pefusion_jax.fusion.ties()``.
@@ -68,8 +70,8 @@ def fuse(
 
     Raises:
       ValueError: if nothing is given, structures differ (naming both trees, the path and both shapes), a leaf
-        holds NaN or infinity (naming the tree and the path) or is not floating point, or per-task weights are
-        for other tasks.
+        holds NaN or infinity (naming the tree and the path), is not floating point or is sharded over explicit mesh
+        axes (linear methods take those too), or per-task weights are for other tasks.
     """
     names, given = _named(trees)
     if method.bind is not None:
@@ -91,6 +93,9 @@ def fuse(
                 raise ValueError(f"{name!r} is a {type(tree).__name__} but other trees are Deltas; pass one kind")
         return _fuse_deltas(method, by_name, stacks)
 
+    for name, tree in by_name.items():
+        if any(isinstance(leaf, LowRank) for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, LowRank))):
+            raise ValueError(f"{name!r} holds low-rank pairs, whose factors cannot be combined apart: pass pf.Delta(leaves)")
     tree_tools.require_same_structure(by_name)
     for name, tree in by_name.items():
         _check(name, tree_tools.paths(tree))
@@ -137,9 +142,10 @@ def _check(name: str, leaves: dict[str, Any]) -> None:
 
 def _fuse_trees(method: Fusion, by_name: Mapping[str, Tree], stacks: Collection[str]) -> Tree:
     stacked = tree_tools.stack(by_name)
-    leaves = tree_tools.flat(stacked) if isinstance(stacked, Mapping) else {}
-    if method.weights is not None or not all(hasattr(leaf, "dtype") for leaf in leaves.values()):
+    if method.weights is not None:
         return method.apply(stacked)
+    leaves = tree_tools.paths(stacked)
+    tree_tools.require_auto_axes(stacked, "the trees")
     by_path = {path: tuple(leaf) for path, leaf in leaves.items() if leaf.size}
     counts = stacked_layers(by_path, stacks)
     if not counts and len(by_path) == len(leaves):
@@ -164,6 +170,8 @@ def _fuse_deltas(method: Fusion, deltas_by_name: dict[str, Delta], stacks: Colle
         weights = method.weights(len(deltas_by_name))
         return Delta({path: _combine(path, weights, deltas_by_name) for path in sorted(specs)})
 
+    for name, delta in deltas_by_name.items():
+        tree_tools.require_auto_axes(delta.leaves, repr(name))
     # What has no entries has no largest one and no singular values: it passes through.
     out = {path: change for path, (_, change) in specs.items() if 0 in change.shape}
     by_path = {path: _aligned(path, deltas_by_name, method.changes is not None) for path in sorted(specs) if path not in out}
@@ -188,7 +196,8 @@ def _aligned(path: str, deltas_by_name: Mapping[str, Delta], as_pairs: bool) -> 
     else:
         nothing = jnp.zeros(like.shape, like.dtype)
     found = [delta.leaves.get(path, nothing) for delta in deltas_by_name.values()]
-    return tuple(_cast(change if isinstance(nothing, LowRank) else deltas.dense(change), wide) for change in found)
+    # Pairs are multiplied out after they were widened: entries that a narrow product rounds alike would be ranked by chance.
+    return tuple(_cast(change, wide) if isinstance(nothing, LowRank) else deltas.wide(change) for change in found)
 
 
 def _combine(path: str, weights: jax.Array, deltas_by_name: Mapping[str, Delta]) -> Any:

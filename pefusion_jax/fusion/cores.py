@@ -188,10 +188,15 @@ def _aligned(
             else:
                 handed[path] = of_tasks.astype(trees.wide_dtype(of_tasks.dtype))
         spaces = dict(zip(matrices, in_turn(represent, matrices.values()), strict=True))
-        handed |= {path: space.stack for path, space in spaces.items()}
+        apart = {path: _one_each(path, space.stack) for path, space in spaces.items()}
+        for entries in apart.values():
+            handed |= entries
         fused = inner.apply(handed) if handed else {}
+        for path, entries in apart.items():
+            of_batch = [fused.pop(entry) for entry in entries]
+            fused[path] = jnp.stack(of_batch).reshape(spaces[path].stack.shape[1:])
         last = None
-        for path in handed:
+        for path in fused:
             space, like = spaces.get(path), given[path]
             value = fused[path] * jnp.asarray(scale, fused[path].dtype)
             if space is None:
@@ -225,6 +230,14 @@ def _aligned(
             return fuse({path: as_pairs(of_tasks) or stacked_dense(of_tasks) for path, of_tasks in given.items()})
 
     return Fusion(apply, tasks=inner.tasks, changes=changes, bind=bound(inner, again))
+
+
+def _one_each(path: str, stack: jax.Array) -> dict[str, jax.Array]:
+    """A leaf ``[task, m, n]`` for each matrix of a batch (of experts), which the inner method would not take for matrices."""
+    if stack.ndim == 3:
+        return {path: stack}
+    entries = stack.reshape(len(stack), -1, *stack.shape[-2:])
+    return {f"{path}/{entry}": entries[:, entry] for entry in range(entries.shape[1])}
 
 
 def _widened(of_tasks: Any) -> Changed:

@@ -112,6 +112,10 @@ def _places(paths: Iterable[str], pattern: re.Pattern[str], depth: int | None) -
         )
     last: dict[str, int] = {}
     for path, match in found.items():
+        if match and not match.group(1).isdigit():
+            raise ValueError(
+                f"layers={pattern.pattern!r} must have a group that matches a number; in {path!r}: {match.group(1)!r}"
+            )
         if match:
             stack, number = path[: match.start(1)], int(match.group(1))
             last[stack] = max(last.get(stack, 0), number)

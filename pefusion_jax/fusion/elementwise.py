@@ -54,8 +54,11 @@ def weighted_average(weights: Mapping[str, Any] | Sequence[Any] | jax.Array, *, 
     values, tasks = _coefficients(weights, "weighted_average")
     if normalize:
         total = jnp.sum(values)
-        if not isinstance(total, jax.core.Tracer) and float(total) == 0.0:
-            raise ValueError(f"the weights {weights} sum to 0 and cannot be normalized; pass normalize=False")
+        if not isinstance(total, jax.core.Tracer):
+            # Weights such as 0.1, 0.6 and -0.7 miss 0 by a rounding error only.
+            rounding = 4 * float(jnp.finfo(values.dtype).eps) * float(jnp.sum(jnp.abs(values)))
+            if abs(float(total)) <= rounding:
+                raise ValueError(f"the weights {weights} sum to 0 and cannot be normalized; pass normalize=False")
         values = values / total
     return linear(_exactly(values, "weighted_average"), tasks)
 

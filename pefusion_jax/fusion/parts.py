@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -193,7 +194,7 @@ def uniform(path: str, leaf: jax.Array, key: jax.Array | int) -> jax.Array:
     Returns:
       Float32.
     """
-    own = jax.random.fold_in(jax.random.key(key) if isinstance(key, int) else key, zlib.crc32(path.encode()))
+    own = jax.random.fold_in(jax.random.key(int(key)) if isinstance(key, Integral) else key, zlib.crc32(path.encode()))
     keys = jax.vmap(lambda task: jax.random.fold_in(own, task))(jnp.arange(len(leaf), dtype=jnp.uint32))
     return jax.vmap(lambda key: jax.random.uniform(key, leaf.shape[1:], jnp.float32))(keys)
 

@@ -9,11 +9,13 @@ import pickle
 import tarfile
 import zipfile
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import pefusion_jax as pf
+from experiments.rows import Rows
 from experiments.suites import choosing, data, fetch, glue, images, packages, texts
 from experiments.suites.choosing import Item
 
@@ -137,6 +139,20 @@ def test_a_text_task_reads_back(tmp_path, monkeypatch):
     texts.make("amazon", vader_package(tmp_path), tmp_path / "again")
     for path in made.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_rows_of_other_examples_or_heads_are_refused(tmp_path):
+    def task(value, head):
+        arrays = {"ids": np.full((2, 3), value)}, np.arange(2)
+        return SimpleNamespace(name="spam", arrays=lambda split: arrays, head=SimpleNamespace(params={"w": np.full(4, head)}))
+
+    data.require_same(Rows(tmp_path / "rows.json", {}), [task(1, 0.5)], "tasks/0")
+    again = Rows(tmp_path / "rows.json", {})
+    data.require_same(again, [task(1, 0.5001)], "tasks/0")  # heads are rounded otherwise elsewhere
+    for other in (task(2, 0.5), task(1, 0.7)):
+        with pytest.raises(ValueError, match="rows.json was made with other examples or another head of spam"):
+            data.require_same(again, [other], "tasks/0")
+    data.require_same(again, [task(2, 0.5)], "tasks/1")
 
 
 def animal_package(folder):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pefusion_jax import fusion, trees
+from pefusion_jax.compression import compress
 from pefusion_jax.deltas import Delta, LowRank, dense
 
 WEIGHTS = {"a": 0.5, "b": -1.0, "c": 2.0}
@@ -173,6 +174,41 @@ def test_leaves_without_entries_pass_through(method):
     assert fusion.fuse(method, [empty, empty]).keys() == empty.keys()
 
 
+def test_leaves_without_entries_pass_through_in_any_container():
+    full = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    for method in (fusion.della(), fusion.pcb(), fusion.core_space()):
+        alone = fusion.fuse(method, [{"0": leaf} for leaf in full])
+        found = fusion.fuse(method, [[leaf, np.zeros((0, 3), np.float32)] for leaf in full])
+        np.testing.assert_allclose(found[0], alone["0"], rtol=1e-5, atol=1e-6)
+        assert found[1].shape == (0, 3)
+
+
+@pytest.mark.parametrize("method", [fusion.ties(0.3), fusion.magmax(), fusion.magnitude_prune(0.3)])
+def test_narrow_pairs_are_ranked_as_what_their_factors_are(method):
+    narrow = {name: Delta({"w": low_rank(seed, 3, 40, 30, jnp.bfloat16)}) for seed, name in enumerate("abc")}
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
+    found, wanted = (fusion.fuse(method, given).leaves["w"] for given in (narrow, wide))
+    np.testing.assert_array_equal(found, wanted.astype(jnp.bfloat16))
+
+
+def test_explicit_mesh_axes_are_refused_with_a_remedy():
+    def sharded(kind):
+        mesh = jax.make_mesh((1,), ("x",), axis_types=(kind,))
+        spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+        return [{"w": jax.device_put(np.full((4, 3), value, np.float32), spec)} for value in (1, 2)]
+
+    given = sharded(jax.sharding.AxisType.Explicit)
+    np.testing.assert_array_equal(fusion.fuse(fusion.average(), given)["w"], 1.5)
+    for call in (fusion.fuse, jax.jit(fusion.fuse, static_argnums=0)):
+        with pytest.raises(ValueError, match="'w' is sharded over a mesh with explicit axes.*axis_types="):
+            call(fusion.ties(), given)
+    with pytest.raises(ValueError, match="'tree 0': 'w' is sharded over"):
+        fusion.fuse(fusion.tsv_m(), [Delta(tree) for tree in given])
+    with pytest.raises(ValueError, match="the change: 'w' is sharded over"):
+        compress(Delta(given[0]), 1)
+    np.testing.assert_array_equal(fusion.fuse(fusion.ties(1.0), sharded(jax.sharding.AxisType.Auto))["w"], 1.5)
+
+
 def test_structures_are_checked():
     one = {"enc": {"kernel": np.zeros((2, 3), np.float32)}}
     with pytest.raises(ValueError, match=r"'enc/kernel'.*\[2, 3\].*'a'.*\[3, 2\].*'b'"):
@@ -224,6 +260,8 @@ def test_wrong_arguments():
         fusion.fuse(fusion.average(), {"a": tree}, init=tree)
     with pytest.raises(ValueError, match="both adapted and params"):
         fusion.fuse(fusion.average(), {"a": tree}, adapted=lora_like())
+    with pytest.raises(ValueError, match="'a' holds low-rank pairs.*pass pf.Delta"):
+        fusion.fuse(fusion.average(), {"a": {"w": low_rank(0, 2)}, "b": {"w": low_rank(1, 2)}})
     with pytest.raises(ValueError, match="one Delta"):
         fusion.fuse(fusion.average(), Delta({"x": tree["x"]}))
     with pytest.raises(ValueError, match="a Delta is a weight change"):

@@ -165,6 +165,16 @@ def test_compress_then_merge(sweeps):
         assert got[path].rank == rank
 
 
+def test_each_matrix_of_a_batch_is_a_matrix_to_the_inner_method():
+    rng = np.random.default_rng(3)
+    a, b = (jnp.asarray(rng.normal(size=(2, *shape)), jnp.float32) for shape in ((3, 8, 2), (3, 2, 7)))
+    batched = [Delta({"experts": LowRank(a[t], b[t], (3, 8, 7))}) for t in range(2)]
+    apart = [Delta({f"{e}": LowRank(a[t, e], b[t, e], (8, 7)) for e in range(3)}) for t in range(2)]
+    for method in (fusion.core_space(fusion.tsv_m(1.0)), fusion.compress_then_merge(2, fusion.iso_c(1.0))):
+        found, one_each = compiled(method)(batched), compiled(method)(apart)
+        close(found.leaves["experts"], np.stack([one_each.leaves[f"{e}"].dense() for e in range(3)]))
+
+
 def test_one_task_alone_and_tasks_without_a_change():
     for make in (fusion.knots, fusion.core_space):
         given = {"t0": pairs()["t1"]}

@@ -376,6 +376,8 @@ def test_unknown_options(option):
 def test_weights_that_cannot_be_normalized_or_do_not_match():
     with pytest.raises(ValueError, match="sum to 0"):
         fusion.weighted_average([1.0, -1.0], normalize=True)
+    with pytest.raises(ValueError, match="sum to 0"):  # 6e-8 in float32
+        fusion.weighted_average([0.1, 0.6, -0.7], normalize=True)
     with pytest.raises(ValueError, match="empty"):
         fusion.weighted_average({})
     with pytest.raises(ValueError, match="empty"):

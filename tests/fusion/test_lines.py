@@ -143,3 +143,5 @@ def test_depth_and_other_names():
     assert float(pf.fuse(own, [tree])["stage3/w"][0]) == 1.75
     with pytest.raises(ValueError, match="layer 3, but depth says that there are 2"):
         pf.fuse(fusion.lines(fusion.average(), layers=r"stage(\d+)/", depth=2), [tree])
+    with pytest.raises(ValueError, match="must have a group that matches a number; in 'stage3/w': 'stage'"):
+        pf.fuse(fusion.lines(fusion.average(), layers=r"([a-z]+)\d/"), [tree])

@@ -98,6 +98,12 @@ def test_pcb(ratio, scale):
     assert 0 < (want != 0).mean() < 1
 
 
+def test_pcb_of_a_hundred_trees():
+    values = np.random.default_rng(0).normal(size=(100, 40)).astype(np.float32)
+    got = pf.fuse(fusion.pcb(0.3, 1.0), [{"w": row} for row in values])["w"]
+    np.testing.assert_allclose(got, numpy_pcb(values.astype(np.float64), 0.3, np.ones(100)), atol=1e-4)
+
+
 def test_pcb_takes_traced_numbers_and_names():
     given = tasks()
     traced = jax.jit(lambda ratio, scale, given: pf.fuse(fusion.pcb(ratio, scale), given))(0.25, jnp.float32(1.5), given)

@@ -161,6 +161,7 @@ def test_what_is_drawn_depends_on_the_path_and_the_key_alone():
     np.testing.assert_array_equal(alone["a/bias"], got["a/bias"])
     shuffled = pf.fuse(fusion.dare(0.5, key=jax.random.key(7)), dict(reversed(given.items())))
     jax.tree.map(np.testing.assert_array_equal, shuffled, got)
+    jax.tree.map(np.testing.assert_array_equal, pf.fuse(fusion.dare(0.5, key=np.int64(7)), given), got)
     other = pf.fuse(fusion.dare(0.5, key=8), given)
     assert any(np.any(other[path] != got[path]) for path in SHAPES)
 
