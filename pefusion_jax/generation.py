@@ -71,6 +71,7 @@ def generate_tokens(
 
     Departs from transformers: a mask is never guessed from the ids, and the result has always the full length.
     """
+    _refuse_unmade(model, adapters)
     ids, mask = _inputs(inputs)
     eos = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else tuple(map(int, eos_token_id))
     for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
@@ -117,6 +118,7 @@ def score_labels(
     Reference: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", 2022,
     which divides by the length.
     """
+    _refuse_unmade(model, adapters)
     ids, mask = _inputs(inputs)
     labels = _labels(label_ids, ids.shape[0])
     start = _start_token(model, params, decoder_start_token_id)
@@ -126,6 +128,26 @@ def score_labels(
         raise ValueError(f"labels_at_once must be a positive integer, not {labels_at_once!r}")
     scores = _score(model, start, labels_at_once, params, adapters, ids, mask, labels)
     return scores / jnp.sum(labels >= 0, axis=-1).astype(scores.dtype) if length_normalize else scores
+
+
+def _refuse_unmade(model: Any, adapters: Any) -> None:
+    """What a generator makes for one task, or for each input, has to be made before the first token."""
+    if adapters is None or isinstance(adapters, Delta) or not isinstance(model, Adapted):
+        return
+    origin: Any = model.origin
+    by_row = getattr(getattr(origin, "generator", None), "observe", None) is not None
+    if by_row and origin.mode is None:
+        made = "generators.mean_adapters(model, params, tree, task_data)"
+        raise ValueError(
+            "the model's generator makes other adapters for each input; write with one set of them and the model given to "
+            f"generate(): pass model.origin.inner, with adapters={made}"
+        )
+    if model.tasks:
+        made = f"model.materialise(params, tree, {model.tasks[0]!r}{', inputs' if by_row else ''})"
+        raise ValueError(
+            "the model's generator makes other adapters for each task; write with those of one task and the model given to "
+            f"generate(): pass model.origin.inner, with adapters={made}{', row by row' if by_row else ''}"
+        )
 
 
 class _Reader(NamedTuple):

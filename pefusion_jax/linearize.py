@@ -103,9 +103,9 @@ def linearize(adapted: Adapted, adapters0: Any, mode: str = "network") -> Adapte
         """The leaves of a displacement that can move the model."""
         return trees.split(tree, trees.nest({path: None for path in trees.paths(tree) if path in moving}))[0]
 
-    def materialise(params: Any, tau: Any, task: Any = None) -> Any:
+    def materialise(params: Any, tau: Any, task: Any = None, inputs: Any = None) -> Any:
         """The adapters to first order."""
-        moved = _jvp(lambda theta: adapted.materialise(params, theta, task), adapters0, full(tau))  # type: ignore[misc]
+        moved = _jvp(lambda theta: adapted.materialise(params, theta, task, inputs), adapters0, full(tau))  # type: ignore[misc]
         return jax.tree.map(jnp.add, *moved)
 
     def start(params: Any) -> Any:

@@ -167,9 +167,9 @@ def _batches(data: Any, split: str, batch_size: int, examples: int, seed: int) -
         yield from data
         return
     size = min(examples, len(data.split(split)))
-    batches = eval_batches(data, split, batch_size) if split != "train" else None
+    batches = eval_batches(data, split, batch_size, labels=False) if split != "train" else None
     for step, first in enumerate(range(0, size, batch_size)):
-        batch = dict(train_batch(data, step, batch_size, seed) if batches is None else next(batches))
+        batch = dict(train_batch(data, step, batch_size, seed, labels=False) if batches is None else next(batches))
         batch["weights"] = np.where(np.arange(batch_size) < size - first, batch["weights"], 0.0).astype(np.float32)
         yield batch
 

@@ -340,6 +340,25 @@ def test_what_is_wrong_with_a_call_is_said(changes, message, load):
         pf.generate_tokens(**given)
 
 
+@pytest.mark.parametrize(
+    ("generator", "message"),
+    [
+        (pf.generators.PerTask(tasks=("a", "b")), r"each task; .*model.origin.inner, with adapters=model.materialise\(.*'a'\)"),
+        (pf.generators.hyperdecoder(24), r"each input; .*model.origin.inner, with adapters=generators.mean_adapters\(model,"),
+    ],
+    ids=["table", "hyperdecoder"],
+)
+def test_adapters_of_a_generator_are_to_be_made_first(generator, message, load):
+    model, params = load("t5")
+    made = pf.generate(pf.adapt(model, pf.LoRA(rank=2, targets=r".*/(q|v)")), generator)
+    for write in (
+        functools.partial(pf.generate_tokens, max_new_tokens=2),
+        functools.partial(pf.score_labels, label_ids=LABELS),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(made, params, BATCH, adapters={})
+
+
 def test_models_that_cannot_generate_say_so(load, tmp_path):
     config = transformers.BertConfig(
         vocab_size=61, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, max_position_embeddings=9

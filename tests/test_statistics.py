@@ -252,7 +252,8 @@ def test_a_task_gives_its_own_examples_and_a_bias_is_the_weight_of_a_constant():
     adapted = pf.adapt(models.Model(), pf.FullFineTuning(targets=r"layer/0/up/.*"))
     task = models.make_task("t", 0)
     tree = adapted.init(jax.random.key(0), params, models.IDS)
-    found = statistics(adapted, params, tree, task, examples=13, batch_size=8)
+    unlabelled = dataclasses.replace(task, label="missing")
+    found = statistics(adapted, params, tree, unlabelled, examples=13, batch_size=8)
     assert found.examples == 13 and sorted(found.moments) == ["layer/0/up/bias", "layer/0/up/kernel"]
     # Exactly the first 13 of the permutation.
     ids = np.concatenate([pf.tasks.train_batch(task, step, 8, 0)["inputs"]["ids"] for step in range(2)])[:13]

@@ -42,7 +42,7 @@ def _houlsby(model: Any) -> pf.Adapted:
 
 
 def _pha(model: Any, tasks: tuple[str, ...], **options: Any) -> pf.Adapted:
-    made = generators.pha(tasks, model.config.hidden_size, instances="base", **options)
+    made = generators.pha(tasks, model.config.hidden_size, **{"instances": "base", **options})
     return pf.generate(_parallel(model), made)
 
 
@@ -105,6 +105,7 @@ APPROACHES: dict[str, Approach] = {
     "MPT": Approach(lambda model, tasks: pf.generate(_prompted(model), generators.MPT(tasks=tasks)), True, _PROMPT),
     "ATTEMPT": Approach(_attempt, True, _PROMPT, _with_sources),
     "PHA": Approach(_pha, True, _HYPER),
+    "PHA, words": Approach(lambda model, tasks: _pha(model, tasks, instances="words"), True, _HYPER),
     "PHA without its losses": Approach(lambda model, tasks: _pha(model, tasks, weight=0.0), True, _HYPER),
 }
 

@@ -57,6 +57,8 @@ class Settings:
     """Which ways of tuning."""
     steps: int = 100
     """Updates of each task, whatever its number of examples; all tasks together get as many as all tasks apart."""
+    rate: float | None = None
+    """Peak learning rate of all approaches; by default it is chosen for each."""
     batch_size: int = 16
     """Examples of an update."""
     validation_examples: int = 100
@@ -70,7 +72,7 @@ def main(settings: Settings) -> None:
     unknown = sorted(set(settings.approaches) - set(APPROACHES))
     if unknown:
         raise ValueError(f"--approaches {' '.join(unknown)}: none of {', '.join(APPROACHES)}")
-    names = ("suite", "model", "steps", "batch_size", "validation_examples", "test_examples")
+    names = ("suite", "model", "steps", "rate", "batch_size", "validation_examples", "test_examples")
     rows = Rows(settings.out / "rows.json", {name: getattr(settings, name) for name in names})
     settings.out.mkdir(parents=True, exist_ok=True)
     model, params = pf.load_pretrained(settings.model)
@@ -102,6 +104,8 @@ def main(settings: Settings) -> None:
 
     for name in settings.approaches:
         approach, adapted = APPROACHES[name], built(name)
+        if rate_of(name) not in rows and settings.rate is not None:
+            rows.put(rate_of(name), rate=settings.rate)
         if rate_of(name) not in rows:
             seed = settings.seeds[0]
             start, _ = started(approach, adapted, first, seed)

@@ -6,9 +6,10 @@ Each is a frozen dataclass whose tree is trained in place of the adapters. What 
 from pefusion_jax.generators.attempt import Attempt
 from pefusion_jax.generators.cond_lora import CondLoRA
 from pefusion_jax.generators.contrastive import instance_features, instance_loss, prototype_loss
-from pefusion_jax.generators.core import Generator, generate, number_of
+from pefusion_jax.generators.core import Generator, generate
 from pefusion_jax.generators.hypernetwork import HyperNetwork, hyperformer, hyperformer_plus_plus, pha, task_embeddings
 from pefusion_jax.generators.instances import HyperDecoder, hyperdecoder
+from pefusion_jax.generators.names import number_of
 from pefusion_jax.generators.prompts import MPT
 from pefusion_jax.generators.table import PerTask
 from pefusion_jax.generators.transfer import Retrieval, add_task, instance_codes, mean_adapters, retrieval_table, retrieve

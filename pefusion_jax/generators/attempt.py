@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pefusion_jax import trees
 from pefusion_jax.generators.layout import Layout
+from pefusion_jax.generators.names import texts
 
 _EPSILON = 1e-5  # of the attention's normalisation
 
@@ -33,6 +34,7 @@ class Attempt:
       tasks: names of tasks with a target prompt each, which share the attention; empty for one target.
       width: rows of :math:`W_d`.
       temperature: :math:`\tau`; :math:`e\, d` by default, for prompts ``[n, d]``.
+      ids: name of the input with the token ids, as ``PromptTuning`` has it.
       prompts: ``[source, n, d]``, what ``init`` puts into the tree. It is no setting: who has a tree needs none.
 
     Example::
@@ -51,11 +53,12 @@ class Attempt:
     tasks: tuple[str, ...] = ()
     width: int = 100
     temperature: float | None = None
+    ids: str = "input_ids"
     prompts: dataclasses.InitVar[Any] = None
 
     def __post_init__(self, prompts: Any) -> None:
-        object.__setattr__(self, "sources", tuple(self.sources))
-        object.__setattr__(self, "tasks", tuple(self.tasks))
+        for what in ("sources", "tasks"):
+            object.__setattr__(self, what, texts(what, getattr(self, what)))
         # An array is neither to be compared nor to be written into a run's settings, so it is no field.
         object.__setattr__(self, "prompts", prompts)
         for what in ("sources", "tasks"):
@@ -123,17 +126,18 @@ class Attempt:
         r""":math:`\hat x` ``[batch, d]``; zeros for rows that are all padding.
 
         Raises:
-          ValueError: if there are no ``input_ids``, or no table of word embeddings where the prompt is.
+          ValueError: if there are no token ids, or no table of word embeddings where the prompt is.
         """
         del base
         path, _ = _target(tree)
         table = path.rpartition("/")[0] + "/embedding"
-        if inputs.get("input_ids") is None or table not in params:
+        if inputs.get(self.ids) is None or table not in params:
             raise ValueError(
-                f"Attempt looks up input_ids in the table {table!r}; the inputs have {', '.join(map(repr, inputs))}, and the "
-                f"base parameters {'have' if table in params else 'lack'} the table"
+                f"Attempt looks up {self.ids!r} in the table {table!r}; the inputs have {', '.join(map(repr, inputs))}, and "
+                f"the base parameters {'have' if table in params else 'lack'} the table. Name the token ids as "
+                "PromptTuning(ids=...) does: Attempt(ids=...)"
             )
-        words = jnp.take(jnp.asarray(params[table]), inputs["input_ids"], axis=0).astype(jnp.float32)
+        words = jnp.take(jnp.asarray(params[table]), inputs[self.ids], axis=0).astype(jnp.float32)
         mask = inputs.get("attention_mask")
         if mask is None:
             return jnp.max(words, axis=1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pefusion_jax import trees
+from pefusion_jax.backbones.layers import STACKS
 from pefusion_jax.generators.layout import Layout
 
 
@@ -86,7 +87,8 @@ class CondLoRA:
         if len(shapes) != 1 or len(next(iter(shapes))) != 2:
             raise ValueError(
                 f"the kernels of {role!r} have the shapes {sorted(shapes)}; CondLoRA shares its matrices over kernels "
-                "[in, out] of one shape: narrow the targets of LoRA"
+                "[in, out] of one shape: narrow the targets of LoRA. Layers that a scan has stacked are told by the name of "
+                f"the scan, {', '.join(map(repr, sorted(STACKS)))}"
             )
         inputs, outputs = next(iter(shapes))
         if self.orientation == "official" and inputs != outputs:

@@ -2,10 +2,14 @@ r"""The two losses that arrange instances and prototypes on the sphere, and the 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pefusion_jax.methods.prompt import WORD_EMBEDDINGS
 
 
 def instance_features(outputs: Any, inputs: Any) -> jax.Array:
@@ -17,14 +21,42 @@ def instance_features(outputs: Any, inputs: Any) -> jax.Array:
 
     Returns:
       ``[batch, d]``, float32.
+
+    Raises:
+      ValueError: if the outputs have neither.
     """
     hidden = getattr(outputs, "encoder_last_hidden_state", None)
-    hidden = (outputs.last_hidden_state if hidden is None else hidden).astype(jnp.float32)
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return jnp.mean(hidden, axis=1)
-    kept = jnp.asarray(mask).astype(jnp.float32)
-    return jnp.einsum("bsd,bs->bd", hidden, kept) / jnp.maximum(jnp.sum(kept, axis=1), 1.0)[:, None]
+    hidden = getattr(outputs, "last_hidden_state", None) if hidden is None else hidden
+    if hidden is None:
+        what = "an array" if isinstance(outputs, jax.Array) else f"a {type(outputs).__name__}"
+        raise ValueError(
+            f"the model gives {what}, without last_hidden_state or encoder_last_hidden_state, which tell of the instance; let "
+            "it give one, or take a generator that does not look at the instance, such as task_embeddings(...)"
+        )
+    return _mean(hidden, inputs.get("attention_mask"))
+
+
+def word_features(params: Mapping[str, Any], inputs: Any) -> jax.Array:
+    """Mean of the frozen word embeddings of the tokens, padding left out: what a text is about, and in what words.
+
+    Args:
+      params: the base parameters by path, with one table of word embeddings.
+      inputs: ``input_ids`` ``[batch, seq]``; ``attention_mask`` ``[batch, seq]`` if there is padding.
+
+    Returns:
+      ``[batch, d]``, float32.
+
+    Raises:
+      ValueError: if there are no token ids, or not one table.
+    """
+    tables = [path for path in params if re.fullmatch(f"({WORD_EMBEDDINGS})/embedding", path)]
+    if inputs.get("input_ids") is None or len(tables) != 1:
+        raise ValueError(
+            "instances='words' looks the input_ids up in the table of word embeddings, and the inputs have "
+            f"{', '.join(map(repr, inputs)) or 'no names'}, the base parameters {len(tables)} such tables; take "
+            "instances='base'"
+        )
+    return _mean(jnp.take(jnp.asarray(params[tables[0]]), inputs["input_ids"], axis=0), inputs.get("attention_mask"))
 
 
 def instance_loss(z: jax.Array, tasks: jax.Array, temperature: float = 0.1) -> jax.Array:
@@ -84,6 +116,15 @@ def prototype_loss(
     own = tasks[:, None] == jnp.arange(prototypes.shape[0])[None, :]
     others = scores if positive_in_denominator else jnp.where(own, -jnp.inf, scores)
     return jnp.mean(jax.nn.logsumexp(others, axis=1) - jnp.sum(jnp.where(own, scores, 0.0), axis=1))
+
+
+def _mean(vectors: jax.Array, mask: Any) -> jax.Array:
+    """The mean of ``[batch, seq, d]`` over the positions that the mask ``[batch, seq]`` keeps; 0 where it keeps none."""
+    vectors = vectors.astype(jnp.float32)
+    if mask is None:
+        return jnp.mean(vectors, axis=1)
+    kept = jnp.asarray(mask).astype(jnp.float32)
+    return jnp.einsum("bsd,bs->bd", vectors, kept) / jnp.maximum(jnp.sum(kept, axis=1), 1.0)[:, None]
 
 
 def _unit(x: jax.Array) -> jax.Array:

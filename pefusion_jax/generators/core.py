@@ -15,6 +15,7 @@ from pefusion_jax import trees
 from pefusion_jax.adapt import Adapted, Expansions
 from pefusion_jax.deltas import Delta
 from pefusion_jax.generators.layout import Layout, layout_of
+from pefusion_jax.generators.names import listed, number_of
 from pefusion_jax.rules import owner
 
 Flat = dict[str, Any]
@@ -24,8 +25,11 @@ class Generator(Protocol):
     """What :func:`generate` asks of a generator: a frozen dataclass with pure functions.
 
     ``tasks``: names of the tasks that it makes different adapters for, in order; empty if it makes one set of adapters.
-    It may also have ``auxiliary``, a loss beside the tasks' own, or ``None``: ``(tree, outputs, inputs, base) -> []``, where
-    ``inputs`` have the entry ``task`` and ``base()`` runs the model without adapters on them.
+    It may also have ``auxiliary``, a loss beside the tasks' own, or ``None``: ``(tree, params, outputs, inputs, base) -> []``,
+    where ``params`` are the base parameters by path, ``inputs`` have the entry ``task`` and ``base()`` runs the model without
+    adapters on them; and ``kept(tree)``, path in the tree -> path of the adapter leaf that it is, for leaves that are not made.
+    These are trained where the method trains them; a leaf that a method holds still cannot be made. ``reads(params, outputs,
+    inputs)``, or ``None``, raises if the loss cannot read what there is, ``outputs()`` being the base model's.
 
     One that makes adapters for each row has ``observe(tree, params, inputs, base) -> [batch, ...]``, or a tree of such: what it
     sees of the rows, from the base parameters by path and the model's inputs by name. Its ``make`` is mapped over the rows and
@@ -74,7 +78,7 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
 
     Raises:
       ValueError: if ``adapted`` is linearized (linearize the result), or generated already; and, by ``init`` and ``apply``, if
-        generator and adapters do not belong together.
+        generator and adapters do not belong together, such as a generator that would make what the method holds still.
 
     Example::
 
@@ -95,6 +99,14 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
     def described(params: Any) -> tuple[Flat, Layout]:
         base = params["params"] if isinstance(params.get("params"), Mapping) else params
         return trees.flat(base), layout_of(base, lambda path: owner(methods, path) is not None)
+
+    def kept(tree: Any) -> dict[str, str]:
+        return generator.kept(tree) if hasattr(generator, "kept") else {}
+
+    def without_held(picked: Any, tree: Any) -> dict[str, Any]:
+        """Without the adapters' own leaves that their method holds still."""
+        held = {at for at, path in kept(tree).items() if not _trains(methods, path)}
+        return trees.nest({path: leaf for path, leaf in trees.flat(picked).items() if path not in held})
 
     def one(params: Any, tree: Any, task: Any) -> Any:
         flat, layout = described(params)
@@ -123,8 +135,7 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         if observe is None:
             return lambda tree: (one if ids is None or ids.ndim == 0 else several)(params, tree, ids)
         named = _named(adapted.origin.model, inputs, kwargs)  # type: ignore[union-attr]
-        # What is observed is not random: the base model gets no keys.
-        still = {name: True if name == "deterministic" else value for name, value in kwargs.items()}
+        still = _still(kwargs)
 
         def of(tree: Any) -> Any:
             seen = observe(tree, described(params)[0], named, lambda: adapted.base(params, *inputs, **still))
@@ -154,19 +165,20 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
                 raise ValueError("this generator makes one set of adapters for all inputs; leave out task=")
             return None
         if task is None:
-            raise ValueError(f"say which task: pass task= with numbers into {_listed(generator.tasks)}")
+            raise ValueError(f"say which task: pass task= with numbers into {listed(generator.tasks)}")
         if isinstance(task, str):
             return jnp.int32(number_of(generator.tasks, task))
         if not isinstance(task, jax.core.Tracer):
             known = np.asarray(task)
-            if known.dtype.kind not in "iu" or known.size and not 0 <= known.min() <= known.max() < len(generator.tasks):
+            if known.dtype.kind not in "iu" or not known.size or not 0 <= known.min() <= known.max() < len(generator.tasks):
                 raise ValueError(
-                    f"task={task!r:.80} must be numbers from 0 to {len(generator.tasks) - 1}: {_listed(generator.tasks)}"
+                    f"task={task!r:.80} must be numbers from 0 to {len(generator.tasks) - 1}: {listed(generator.tasks)}; "
+                    "at least one"
                 )
         ids = jnp.asarray(task, jnp.int32)
         if isinstance(ids, jax.core.Tracer):
             ids = jnp.where((ids >= 0) & (ids < len(generator.tasks)), ids, len(generator.tasks))
-        if ids.ndim > 1:
+        if ids.ndim > 1 or not ids.size:
             raise ValueError(f"task has the shape {ids.shape}; it must be one number, or [groups]")
         return ids[0] if ids.shape == (1,) else ids
 
@@ -182,6 +194,14 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         template_key, tree_key = jax.random.split(key)
         template = trees.flat(adapted.init(template_key, params, *inputs, **kwargs))
         flat, layout = described(params)
+        reads = getattr(generator, "reads", None)
+        if reads is not None:
+            named = _named(adapted.origin.model, inputs, kwargs)  # type: ignore[union-attr]
+
+            def read(params: Any) -> Any:
+                return reads(described(params)[0], lambda: adapted.base(params, *inputs, **_still(kwargs)), named)
+
+            jax.eval_shape(read, params)
         tree = generator.init(tree_key, template, flat, layout)
         first = jnp.int32(0) if generator.tasks else None
         shapes = jax.eval_shape(lambda params, tree: maker(params, first, inputs, kwargs)(tree), params, tree)
@@ -193,6 +213,13 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
             raise ValueError(
                 f"{type(generator).__name__} makes {made.get(odd, 'nothing')} at {odd!r}, where the adapters have "
                 f"{getattr(template.get(odd), 'shape', 'nothing')}"
+            )
+        still = next((path for path in sorted({*template} - {*kept(tree).values()}) if not _trains(methods, path)), None)
+        if still is not None:
+            method = type(owner(methods, still)).__name__
+            raise ValueError(
+                f"{method} holds {still!r} still, but {type(generator).__name__} makes it of what is trained, so that it would "
+                f"move all the same: freeze_a has no meaning here. Use {method} without it, or PerTask, which keeps leaves"
             )
         return tree
 
@@ -233,7 +260,7 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         return inner.changes(params, adapters(maker(params, None, (), {}), parts, exact), change)
 
     def auxiliary(params: Any, tree: Any, outputs: Any, inputs: Any) -> jax.Array:
-        return loss(tree, outputs, inputs, lambda: base(params, **inputs))  # type: ignore[misc]
+        return loss(tree, described(params)[0], outputs, inputs, lambda: base(params, **inputs))  # type: ignore[misc]
 
     return Adapted(
         init=init,
@@ -241,8 +268,8 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
         base=base,
         deltas=deltas,
         apply_deltas=apply_deltas,
-        trainable=generator.trained,
-        moving=generator.moving,
+        trainable=lambda tree: without_held(generator.trained(tree), tree),
+        moving=lambda tree: without_held(generator.moving(tree), tree),
         pushforward=None,
         expand=Expansions(forward=expand, changes=changes),
         folds=adapted.folds and not generator.tasks and observe is None,
@@ -253,20 +280,10 @@ def generate(adapted: Adapted, generator: Generator) -> Adapted:
     )
 
 
-def number_of(tasks: Sequence[str], name: str) -> int:
-    """The number of a task.
-
-    Raises:
-      ValueError: for a name that is not among them, with those that are.
-    """
-    if name not in tasks:
-        raise ValueError(f"there is no task {name!r}{trees.did_you_mean(name, tasks)}; the generator has {_listed(tasks)}")
-    return tuple(tasks).index(name)
-
-
-def _listed(tasks: Sequence[str]) -> str:
-    names = [f"{number} {name}" for number, name in enumerate(tasks)]
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+def _trains(methods: Sequence[Any], path: str) -> bool:
+    """Whether an adapter leaf's method trains it."""
+    rule, name = owner(methods, path), path.rpartition("/")[2]
+    return rule is None or name in rule.trained({name: None})  # a leaf of no method: its user is told elsewhere
 
 
 def _refuse(observe: Any, tasks: Sequence[str] = ()) -> None:
@@ -289,6 +306,11 @@ def _named(model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict
         return {**inputs[0], **kwargs}
     given = inspect.signature(type(model).__call__).bind_partial(model, *inputs).arguments
     return {**dict(list(given.items())[1:]), **kwargs}
+
+
+def _still(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call of the base model that is not random: it gets no keys."""
+    return {name: True if name == "deterministic" else value for name, value in kwargs.items()}
 
 
 def _rows(groups: int, batch: int | None) -> int:
@@ -316,13 +338,19 @@ def _by_block(call: Any, groups: int, params: Any, made: Any, inputs: Any, rngs:
         return call(params, adapters, *args, **({} if keys is None else {"rngs": keys}), **more)
 
     outputs = jax.vmap(block)(made, rows, keys)
+    # Which inputs are rows is a guess, and outputs may tell more of a batch than its rows: similarities of all with all.
+    one = jax.tree.map(lambda leaf: leaf[0], made)
+    whole = jax.eval_shape(lambda: call(params, one, *inputs, **({} if rngs is None else {"rngs": rngs}), **kwargs))
 
-    def joined(leaf: jax.Array) -> jax.Array:
-        if leaf.ndim < 2 or leaf.shape[1] != size:
+    def joined(path: Any, leaf: jax.Array, expected: Any) -> jax.Array:
+        name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), (batch, *leaf.shape[2:])
+        if leaf.ndim < 2 or leaf.shape[1] != size or shape != expected.shape:
             raise ValueError(
-                f"an output of the model has the shape {leaf.shape[1:]} for {size} rows, without the rows in front "
-                "(a cache?), so blocks cannot be joined; call the model given to generate() with the adapters of one task"
+                f"the output {name!r} is {leaf.shape[1:]} for a block of {size} rows and {expected.shape} for the batch of "
+                f"{batch}, so blocks cannot be joined (a cache, similarities of all rows, inputs with other numbers of rows?); "
+                "call it for one task at a time, or the model given to generate() with adapters from materialise() or "
+                "mean_adapters()"
             )
-        return leaf.reshape(batch, *leaf.shape[2:])
+        return leaf.reshape(shape)
 
-    return jax.tree.map(joined, outputs)
+    return jax.tree_util.tree_map_with_path(joined, outputs, whole)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from pefusion_jax import trees
 from pefusion_jax.generators import contrastive, kinds
 from pefusion_jax.generators.layout import Layout
+from pefusion_jax.generators.names import different
 
 _EPSILON = 1e-6  # of the code's normalisation
 _TUNED = {"all": ("tasks", "kinds", "learned", "retriever"), "hypernetwork": ("tasks", "kinds"), "prototypes": ("tasks",)}
@@ -44,10 +46,12 @@ class HyperNetwork:
       learned: regular expression for whole paths of adapter leaves that are not made but learned, the same for all tasks.
       retriever: widths of the retriever :math:`z = W_2\, \mathrm{relu}(W_1 \bar h + w_1) + w_2`, whose last is ``task_size``;
         empty for none. With it the tasks' embeddings are prototypes, and two losses are added to training.
-      features: length of :math:`\bar h`, the mean of the encoder's last hidden states; needed with a retriever.
-      instances: whose hidden states these are: ``"outputs"``, the adapted model's, or ``"base"``, the base model's, at the cost
-        of its forward pass. Where the encoder's own adapters are made for each task the first would tell the task that it is to
-        find, and is refused.
+      features: length of :math:`\bar h`, what the retriever reads of an instance; needed with a retriever.
+      instances: what that is. ``"outputs"``: the mean of the adapted encoder's last hidden states, as published; where the
+        encoder's own adapters are made for each task it would tell the task that it is to find, and is refused. ``"base"``:
+        the base model's, at the cost of its forward pass. ``"words"``: the mean of the base model's word embeddings, which
+        costs next to nothing. Sentence encoders leave out of their last states what tells one kind of text from another, so
+        the words often say more about the task.
       tune: what is trained: ``"all"``, ``"hypernetwork"`` (with the tasks' embeddings), or ``"prototypes"`` (these alone).
       temperature: of both losses.
       weight: of either loss; 0 trains without them.
@@ -69,20 +73,22 @@ class HyperNetwork:
     learned: str = r"(?!)"
     retriever: tuple[int, ...] = ()
     features: int = 0
-    instances: Literal["outputs", "base"] = "outputs"
+    instances: Literal["outputs", "base", "words"] = "outputs"
     tune: Literal["all", "hypernetwork", "prototypes"] = "all"
     temperature: float = 0.1
     weight: float = 0.1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "tasks", different("tasks", self.tasks))
         object.__setattr__(self, "retriever", tuple(self.retriever))
-        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise ValueError(f"tasks={self.tasks!r:.200} must be one or more different names")
         for name in ("task_size", "layer_size", "hidden", "code"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        for name, known in (("start", ("fan-in", "normal")), ("instances", ("outputs", "base")), ("tune", tuple(_TUNED))):
+        for name, known in (
+            ("start", ("fan-in", "normal")),
+            ("instances", ("outputs", "base", "words")),
+            ("tune", tuple(_TUNED)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, known))}")
         if self.retriever:
@@ -94,7 +100,9 @@ class HyperNetwork:
                 raise ValueError(f"prototypes need two or more tasks to tell apart; there is {self.tasks[0]!r} alone")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0")
-        kinds.check_learned(self.learned)
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight={self.weight} must be a finite number, 0 (train without the losses) or more")
+        kinds.check_expression("learned", self.learned)
 
     @property
     def contrasts(self) -> bool:
@@ -126,12 +134,15 @@ class HyperNetwork:
             if told is not None:
                 raise ValueError(
                     f"instances='outputs' reads the encoder, and {told!r} is made for each task: it would tell the retriever "
-                    "the task that it is to find. Pass instances='base', or on an encoder-decoder learned=r'encoder/.*'"
+                    "the task that it is to find. Pass instances='base' or 'words', or on an encoder-decoder "
+                    "learned=r'encoder/.*'"
                 )
         made = layout.gather(others)
         keys = iter(jax.random.split(key, 16 + 16 * len(made)))
         flat: dict[str, Any] = {"tasks": jax.random.normal(next(keys), (len(self.tasks), self.task_size))}
-        for number, (sites, leaves) in enumerate(kinds.listed(made, layout, self.by_stack)):
+        # Sites that share a table of layer embeddings have as many layers.
+        listed = kinds.listed(made, layout, by_stack=self.by_stack, by_depth=self.places or self.by_layer)
+        for number, (sites, leaves) in enumerate(listed):
             flat |= {f"kinds/{number}/{path}": leaf for path, leaf in self._kind(sites, leaves, layout, keys).items()}
         flat |= learned
         if self.retriever:
@@ -140,7 +151,7 @@ class HyperNetwork:
         return trees.nest(flat)
 
     def _kind(self, sites: list[str], leaves: dict[str, tuple[int, ...]], layout: Layout, keys: Any) -> dict[str, Any]:
-        layers = layout.layers(sites[0]) or 1
+        layers = {site: layout.layers(site) or 1 for site in sites}
         out: dict[str, Any] = {}
         width = self.task_size
         if self.places:
@@ -148,13 +159,13 @@ class HyperNetwork:
             out |= {f"sites/{site}/place": jax.random.normal(next(keys), (self.layer_size,)) for site in sites}
         if not self.by_layer:
             width += self.layer_size
-            tables = ["layers"] if self.places else [f"sites/{site}/layer" for site in sites]
-            out |= {path: jax.random.normal(next(keys), (layers, self.layer_size)) for path in tables}
+            each = {f"sites/{site}/layer": count for site, count in layers.items()}
+            tables = {"layers": layers[sites[0]]} if self.places else each
+            out |= {path: jax.random.normal(next(keys), (count, self.layer_size)) for path, count in tables.items()}
         out |= kinds.dense("code/in", keys, width, self.hidden, self.start)
         out |= kinds.dense("code/out", keys, self.hidden, self.code, self.start)
         out |= {"code/norm/scale": jnp.ones(self.code), "code/norm/bias": jnp.zeros(self.code)}
-        front = (layers,) if self.by_layer else ()
-        for where in [f"sites/{site}/heads" for site in sites] if self.by_layer else ["heads"]:
+        for where, front in {f"sites/{s}/heads": (n,) for s, n in layers.items()}.items() if self.by_layer else [("heads", ())]:
             out |= kinds.heads(where, keys, leaves, self.code, self.start, front)
         return out
 
@@ -187,6 +198,10 @@ class HyperNetwork:
             )
         return kinds.adapters(tree, self.leaves(tree, self.codes(tree, task)), layout)
 
+    def kept(self, tree: Any) -> dict[str, str]:
+        """Path in the tree -> path of the adapter leaf, of those that are learned."""
+        return kinds.kept(tree)
+
     def trained(self, tree: Any) -> dict[str, Any]:
         """What ``tune`` says; the retriever only where the losses that teach it are on."""
         kept = _TUNED[self.tune] if self.contrasts else tuple(name for name in _TUNED[self.tune] if name != "retriever")
@@ -205,12 +220,35 @@ class HyperNetwork:
         middle = jax.nn.relu(kinds.affine(tree["retriever"]["in"], features.astype(jnp.float32)))
         return kinds.affine(tree["retriever"]["out"], middle)
 
+    def seen(self, params: Mapping[str, Any], outputs: Callable[[], Any], inputs: Any) -> jax.Array:
+        r"""What the retriever reads: :math:`\bar h` ``[batch, features]``, of parameters by path, or of outputs if it must.
+
+        Raises:
+          ValueError: if there is nothing to read, or it has another width.
+        """
+        if self.instances == "words":
+            seen = contrastive.word_features(params, inputs)
+        else:
+            seen = contrastive.instance_features(outputs(), inputs)
+        if seen.shape[-1] != self.features:
+            what = "word embeddings" if self.instances == "words" else "hidden states"
+            raise ValueError(
+                f"the model's {what} are {seen.shape[-1]} wide, the retriever's features={self.features}; make the "
+                f"generator with features={seen.shape[-1]}"
+            )
+        return seen
+
+    @property
+    def reads(self) -> Callable[..., jax.Array] | None:
+        """``(params, outputs, inputs)``, refused by ``init`` already where training would refuse them."""
+        return self.seen if self.contrasts else None
+
     @property
     def auxiliary(self) -> Callable[..., jax.Array] | None:
         """The contrastive losses, if they are on."""
         return self._contrast if self.contrasts else None
 
-    def _contrast(self, tree: Any, outputs: Any, inputs: Any, base: Callable[[], Any]) -> jax.Array:
+    def _contrast(self, tree: Any, params: Mapping[str, Any], outputs: Any, inputs: Any, base: Callable[[], Any]) -> jax.Array:
         """``weight * (instance loss + prototype loss)``.
 
         Raises:
@@ -222,8 +260,7 @@ class HyperNetwork:
                 "the contrastive losses need instances of two or more tasks in a batch, and this one has a single task: train "
                 "with finetune_together(groups=2 or more), or without the losses: dataclasses.replace(generator, weight=0.0)"
             )
-        seen = outputs if self.instances == "outputs" else base()
-        z = self.retrieve(tree, contrastive.instance_features(seen, inputs))
+        z = self.retrieve(tree, self.seen(params, base if self.instances == "base" else lambda: outputs, inputs))
         rows = jnp.repeat(ids, z.shape[0] // ids.shape[0])
         apart = contrastive.instance_loss(z, rows, self.temperature)
         around = contrastive.prototype_loss(z, tree["tasks"], rows, self.temperature)
@@ -235,7 +272,7 @@ def pha(tasks: Any, features: int, *, size: int = 64, **settings: Any) -> HyperN
 
     Meant for parallel bottleneck adapters beside the feed-forward layers, ``pf.parallel(bottleneck=64, scale=1.0,
     init="xavier")``. On an encoder-decoder, as released, the decoder's adapters are made and the encoder's learned:
-    ``learned=r"encoder/.*"``. On an encoder all are made: ``instances="base"``.
+    ``learned=r"encoder/.*"``. On an encoder all are made: ``instances="base"``, or ``"words"``.
 
     Args:
       tasks: names of the tasks.
@@ -247,12 +284,12 @@ def pha(tasks: Any, features: int, *, size: int = 64, **settings: Any) -> HyperN
     code has it.
     """
     given = {"task_size": size, "layer_size": size, "code": size, "retriever": (128, size), **settings}
-    return HyperNetwork(tasks=tuple(tasks), features=features, **given)
+    return HyperNetwork(tasks=tasks, features=features, **given)
 
 
 def task_embeddings(tasks: Any, **settings: Any) -> HyperNetwork:
     """The control without prototypes: the same network from learned task embeddings, and no loss beside the tasks' own."""
-    return HyperNetwork(tasks=tuple(tasks), **settings)
+    return HyperNetwork(tasks=tasks, **settings)
 
 
 def hyperformer(tasks: Any, **settings: Any) -> HyperNetwork:
@@ -261,7 +298,7 @@ def hyperformer(tasks: Any, **settings: Any) -> HyperNetwork:
     Reference: R. Karimi Mahabadi et al., Parameter-efficient Multi-task Fine-tuning for Transformers via Shared Hypernetworks,
     2021, as its text says; the released settings share one network among the layers.
     """
-    return HyperNetwork(tasks=tuple(tasks), **{"start": "normal", "by_layer": True, "by_stack": True, **settings})
+    return HyperNetwork(tasks=tasks, **{"start": "normal", "by_layer": True, "by_stack": True, **settings})
 
 
 def hyperformer_plus_plus(tasks: Any, **settings: Any) -> HyperNetwork:
@@ -271,7 +308,7 @@ def hyperformer_plus_plus(tasks: Any, **settings: Any) -> HyperNetwork:
 
     Reference: as :func:`hyperformer`.
     """
-    return HyperNetwork(tasks=tuple(tasks), **{"start": "normal", "places": True, "by_stack": True, **settings})
+    return HyperNetwork(tasks=tasks, **{"start": "normal", "places": True, "by_stack": True, **settings})
 
 
 def _normalised(x: jax.Array, norm: Any) -> jax.Array:

@@ -44,7 +44,7 @@ class HyperDecoder:
         for name in ("features", "layer_size", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        kinds.check_learned(self.learned)
+        kinds.check_expression("learned", self.learned)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -106,6 +106,10 @@ class HyperDecoder:
                 rows = jnp.broadcast_to(u, (own["layer"].shape[0], self.features))
                 codes[site] = jax.nn.relu(kinds.affine(kind["code"], jnp.concatenate([rows, own["layer"]], axis=-1)))
         return kinds.adapters(tree, kinds.leaves(tree["kinds"], codes), layout)
+
+    def kept(self, tree: Any) -> dict[str, str]:
+        """Path in the tree -> path of the adapter leaf, of those that are learned."""
+        return kinds.kept(tree)
 
     def trained(self, tree: Any) -> dict[str, Any]:
         """All of it."""

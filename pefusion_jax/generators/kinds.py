@@ -20,12 +20,12 @@ from pefusion_jax import trees
 from pefusion_jax.generators.layout import Layout
 
 
-def check_learned(learned: str) -> None:
-    """Raises ValueError for what is no regular expression."""
+def check_expression(name: str, expression: str) -> None:
+    """Raises ValueError for a setting that is no regular expression."""
     try:
-        re.compile(learned)
+        re.compile(expression)
     except re.error as error:
-        raise ValueError(f"learned={learned!r} is not a regular expression: {error}") from error
+        raise ValueError(f"{name}={expression!r} is not a regular expression: {error}") from error
 
 
 def split_learned(learned: str, adapters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -43,19 +43,30 @@ def split_learned(learned: str, adapters: Mapping[str, Any]) -> tuple[dict[str, 
     return in_tree, {path: leaf for path, leaf in adapters.items() if path not in kept}
 
 
+def kept(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Path in the tree -> path of the adapter leaf, of those that are learned."""
+    return {f"learned/{path}": path for path in trees.flat(tree.get("learned", {}))}
+
+
 def listed(
-    made: Mapping[str, Any], layout: Layout, by_stack: bool = False
+    made: Mapping[str, Any], layout: Layout, *, by_stack: bool = False, by_depth: bool = False
 ) -> list[tuple[list[str], dict[str, tuple[int, ...]]]]:
-    """Sites (roles of modules) of one kind, with the shapes of a layer's leaves."""
+    """Sites (roles of modules) of one kind, with the shapes of a layer's leaves.
+
+    Args:
+      made: role -> ``[layer, ...]`` leaf.
+      layout: of the model.
+      by_stack: kinds of their own for each stack of layers.
+      by_depth: and for each number of layers: of sites that share what all their layers have.
+    """
     sites: dict[str, dict[str, tuple[int, ...]]] = {}
     for role, leaf in made.items():
         site, _, name = role.rpartition("/")
         sites.setdefault(site, {})[name] = leaf.shape if layout.layers(role) is None else leaf.shape[1:]
     found: dict[Any, list[str]] = {}
     for site, leaves in sites.items():
-        stack = site.partition("*")[0] if by_stack else ""
-        # Layers that share one table of embeddings must be as many.
-        found.setdefault((stack, layout.layers(site), tuple(sorted(leaves.items()))), []).append(site)
+        stack, depth = site.partition("*")[0] if by_stack else "", layout.layers(site) if by_depth else None
+        found.setdefault((stack, depth, tuple(sorted(leaves.items()))), []).append(site)
     return [(of, dict(leaves)) for (_, _, leaves), of in sorted(found.items(), key=lambda kind: kind[1])]
 
 
@@ -108,8 +119,10 @@ def sites_of(kind: Any) -> dict[str, dict[str, Any]]:
     """Role of each site of a kind -> its own leaves, nested."""
     out: dict[str, dict[str, Any]] = {}
     for path, leaf in sorted(trees.flat(kind["sites"]).items()):
-        site, _, rest = path.partition("/heads/") if "/heads/" in path else path.rpartition("/")
-        out.setdefault(site, {})["heads/" + rest if "/heads/" in path else rest] = leaf
+        # The end says what a leaf is: a module of the model may be called heads too.
+        found = re.fullmatch(r"(?:(.*?)/)??(heads/[^/]+/(?:kernel|bias)|[^/]+)", path)
+        site, own = found[1] or "", found[2]  # type: ignore[index]
+        out.setdefault(site, {})[own] = leaf
     return {site: trees.nest(own) for site, own in out.items()}
 
 

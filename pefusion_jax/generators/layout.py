@@ -10,7 +10,7 @@ front.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,22 +25,33 @@ class Layout(NamedTuple):
 
     Attributes:
       scanned: path of a node whose leaves are stacked layers -> number of layers.
-      looped: what stands before a layer's number, such as ``encoder/layer/`` -> number of layers. Numbered modules whose
-        parameters differ in shape, such as ``Dense_0`` and ``Dense_1`` of a module of one's own, are no layers of one kind.
+      looped: what stands before a layer's number, such as ``encoder/layer/`` -> number of layers. A number that has no second
+        beside it, as in Linen's ``Encoder_0``, is a part of a name, but for that of the only layer of a stack.
       adapted: path of an adapter leaf -> whether the model has it.
+      modules: (what stands before the number, the module behind it) -> numbers of the layers that have the module; none where
+        its parameters differ in shape, as those of ``Dense_0`` and ``Dense_1`` of a module of one's own: these are no layers of
+        one kind, though they may be for the modules beside it.
     """
 
     scanned: dict[str, int]
     looped: dict[str, int]
     adapted: Callable[[str], bool]
+    modules: Mapping[tuple[str, str], frozenset[int]] = {}
 
     def role(self, path: str) -> tuple[str, int | None]:
         """The role of a path, and the number of its layer; ``None`` for a leaf of no layer, or of all that a scan stacked."""
         for node in self.scanned:
             if path.startswith(node + "/"):
                 return f"{node}/*{path[len(node) :]}", None
-        before, number, rest = _numbered(path)
-        return (path, None) if number is None or before not in self.looped else (f"{before}*{rest}", number)
+        for before, number, rest in _numbered(path):
+            if before in self.looped and number in self._numbers(before, rest):
+                return f"{before}*{rest}", number
+        return path, None
+
+    def _numbers(self, before: str, rest: str) -> frozenset[int]:
+        """Of the layers with a leaf's module; one without parameters, such as a tap, goes by what it stands in."""
+        found = (self.modules.get((before, module)) for module in _modules(rest))
+        return next((numbers for numbers in found if numbers is not None), frozenset())
 
     def layers(self, role: str) -> int | None:
         """The number of layers of a role; ``None`` if it has no star."""
@@ -89,7 +100,8 @@ class Layout(NamedTuple):
                 out[before.rstrip("/") + rest if star else role] = leaf
             else:
                 paths = [f"{before}{layer}{rest}" for layer in range(self.layers(role) or 0)]
-                kept = {path: leaf[layer] for layer, path in enumerate(paths) if self.adapted(path)}
+                there = self._numbers(before, rest)
+                kept = {path: leaf[layer] for layer, path in enumerate(paths) if layer in there and self.adapted(path)}
                 # Where no layer at all has the leaf, the caller's check of every path is to say so.
                 out |= kept or {path: leaf[layer] for layer, path in enumerate(paths)}
         return out
@@ -104,19 +116,34 @@ def layout_of(params: Mapping[str, Any], adapted: Callable[[str], bool]) -> Layo
     """
     flat = trees.flat(params)
     scanned = stacked_layers({path: (leaf,) for path, leaf in flat.items()}, STACKS)
-    looped: dict[str, int] = {}
-    shapes: dict[tuple[str, str], set[tuple[int, ...]]] = {}
-    for path, leaf in flat.items():
-        if not any(path.startswith(node + "/") for node in scanned):
-            before, number, rest = _numbered(path)
-            if number is not None:
-                looped[before] = max(looped.get(before, 0), number + 1)
-                shapes.setdefault((before, rest), set()).add(leaf.shape)
-    unlike = {before for (before, _), found in shapes.items() if len(found) > 1}
-    return Layout(scanned, {before: count for before, count in looped.items() if before not in unlike}, adapted)
+    loose = {path: leaf for path, leaf in flat.items() if not any(path.startswith(node + "/") for node in scanned)}
+    found: dict[str, set[int]] = {}
+    shapes: dict[tuple[str, str], dict[str, set[tuple[int, ...]]]] = {}  # of a module, leaf by leaf
+    there: dict[tuple[str, str], set[int]] = {}
+    for path, leaf in loose.items():
+        for before, number, rest in _numbered(path):
+            found.setdefault(before, set()).add(number)
+            for module in _modules(rest):
+                shapes.setdefault((before, module), {}).setdefault(rest, set()).add(leaf.shape)
+                there.setdefault((before, module), set()).add(number)
+    looped = {
+        before: max(numbers) + 1
+        for before, numbers in found.items()
+        if len(numbers) > 1 or before[:-1].rpartition("/")[2] in STACKS
+    }
+    unlike = {place for place, by_leaf in shapes.items() if any(len(of) > 1 for of in by_leaf.values())}
+    modules = {place: frozenset(() if place in unlike else of) for place, of in there.items() if place[0] in looped}
+    return Layout(scanned, looped, adapted, modules)
 
 
-def _numbered(path: str) -> tuple[str, int | None, str]:
-    """What stands before the first layer number of a path (``layer/3/...`` or ``layer_3/...``), the number, and the rest."""
-    match = re.match(r"(.*?(?:^|/|_))(\d+)(?=/)", path)
-    return (path, None, "") if match is None else (match[1], int(match[2]), path[match.end() :])
+def _numbered(path: str) -> Iterator[tuple[str, int, str]]:
+    """What stands before each number of a path that may be a layer's (``layer/3/``, ``layer_3/``), the number, and the rest."""
+    for match in re.finditer(r"(?:^|(?<=[/_]))(\d+)(?=/)", path):
+        yield path[: match.start()], int(match[1]), path[match.end() :]
+
+
+def _modules(rest: str) -> Iterator[str]:
+    """The modules that a leaf stands in, from the innermost: ``/attention/query``, ``/attention``, and the layer itself."""
+    while rest:
+        rest = rest.rpartition("/")[0]
+        yield rest

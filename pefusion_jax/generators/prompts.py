@@ -11,6 +11,7 @@ import numpy as np
 
 from pefusion_jax import trees
 from pefusion_jax.generators.layout import Layout
+from pefusion_jax.generators.names import different
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,7 @@ class MPT:
     start: Literal["ones", "normal"] = "ones"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", tuple(self.tasks))
-        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise ValueError(f"tasks={self.tasks!r:.200} must be one or more different names")
+        object.__setattr__(self, "tasks", different("tasks", self.tasks))
         if self.rank < 1 or self.rank != int(self.rank):
             raise ValueError(f"rank must be a positive integer, got {self.rank}")
         if self.start not in ("ones", "normal"):

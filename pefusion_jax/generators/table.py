@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from pefusion_jax import trees
+from pefusion_jax.generators.kinds import check_expression
 from pefusion_jax.generators.layout import Layout
+from pefusion_jax.generators.names import different
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +31,8 @@ class PerTask:
     shared: str = r"(?!)"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", tuple(self.tasks))
-        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise ValueError(f"tasks={self.tasks!r:.200} must be one or more different names")
+        object.__setattr__(self, "tasks", different("tasks", self.tasks))
+        check_expression("shared", self.shared)
 
     def init(self, key: jax.Array, adapters: dict[str, Any], params: dict[str, Any], layout: Layout) -> dict[str, Any]:
         """``shared/PATH`` as in the adapters, ``own/PATH`` with the tasks in front."""
@@ -55,8 +56,12 @@ class PerTask:
                 raise ValueError(f"the tree has {leaf.shape[0]} tasks at {path!r}, the generator {len(self.tasks)}")
         return {**{path: leaf[task] for path, leaf in own.items()}, **trees.flat(tree.get("shared", {}))}
 
+    def kept(self, tree: Any) -> dict[str, str]:
+        """Path in the tree -> path of the adapter leaf: all of it."""
+        return {path: path.partition("/")[2] for path in trees.flat(tree)}
+
     def trained(self, tree: Any) -> dict[str, Any]:
-        """All of it."""
+        """All of it; of these the model leaves out what its methods hold still."""
         return trees.nest(trees.flat(tree))
 
     def moving(self, tree: Any) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pefusion_jax import trees
 from pefusion_jax.adapt import Adapted
-from pefusion_jax.generators.contrastive import instance_features
 from pefusion_jax.generators.core import generate
 from pefusion_jax.generators.hypernetwork import HyperNetwork
 from pefusion_jax.tasks.task import Task, eval_batches, task_number
@@ -74,11 +74,13 @@ def instance_codes(
       batch_size: rows of a batch.
 
     Raises:
-      ValueError: if there is no retriever.
+      ValueError: if there is no retriever, or no instance is asked for.
     """
+    if most is not None and most < 1:
+        raise ValueError(f"most={most} instances; look at one or more, or leave it out for all")
     program = _program(generated, _retriever(generated).instances)
     rows: list[np.ndarray] = []
-    for batch in eval_batches(task, split, batch_size):
+    for batch in eval_batches(task, split, batch_size, labels=False):
         kept = batch["weights"] > 0
         rows.append(np.asarray(program(params, tree, batch["inputs"]))[kept])
         if most is not None and sum(map(len, rows)) >= most:
@@ -119,7 +121,8 @@ def add_task(generated: Adapted, tree: Any, name: str, like: str | np.ndarray | 
 
     Returns:
       The model, without the contrastive losses, and the tree. To train the new prototype alone take
-      ``dataclasses.replace(generator, tune="prototypes")``; those of other tasks have no gradient.
+      ``dataclasses.replace(generator, tune="prototypes")``; those of other tasks have no gradient. ``weight_decay`` would
+      shrink them all the same, since they are one leaf: leave it at 0.
 
     Raises:
       ValueError: if the name is taken, or ``like`` is none of these.
@@ -193,7 +196,7 @@ def mean_adapters(
         raise ValueError(f"most={most} instances; take the mean over one or more")
     number = task_number(generated, task)
     total, count = None, 0.0
-    for batch in eval_batches(task, split, batch_size):
+    for batch in eval_batches(task, split, batch_size, labels=False):
         weights = (np.asarray(batch["weights"]) > 0).astype(np.float32)
         weights *= np.cumsum(weights) <= most - count
         found = _summed(generated)(params, tree, batch["inputs"], number, weights)
@@ -224,9 +227,13 @@ def _retriever(generated: Adapted) -> HyperNetwork:
 def _program(generated: Adapted, instances: str) -> Any:
     @jax.jit
     def codes(params: Any, tree: Any, inputs: Any) -> jax.Array:
-        # Outputs of an encoder whose adapters are the same for all tasks: any number will do.
-        outputs = generated.base(params, **inputs) if instances == "base" else generated.apply(params, tree, **inputs, task=0)
-        return _retriever(generated).retrieve(tree, instance_features(outputs, inputs))
+        def outputs() -> Any:
+            # Of an encoder whose adapters are the same for all tasks: any number will do.
+            return generated.base(params, **inputs) if instances == "base" else generated.apply(params, tree, **inputs, task=0)
+
+        retriever = _retriever(generated)
+        flat = trees.flat(params["params"] if isinstance(params.get("params"), Mapping) else params)
+        return retriever.retrieve(tree, retriever.seen(flat, outputs, inputs))
 
     return codes
 

@@ -154,7 +154,8 @@ class Writing:
             decoder_start_token_id=self.targets.start,
         )
         read = {name: np.asarray(inputs[name]) for name in ("input_ids", "attention_mask")}
-        origin = None if kind == "base" else adapted.origin
+        # A change of the weights is the same for all rows, whatever could have made it.
+        origin = adapted.origin if kind == "adapters" else None
         by_row = getattr(getattr(origin, "generator", None), "observe", None) is not None
         if "task" not in inputs and not by_row:
             written = np.asarray(write(adapted, params, read, adapters=None if kind == "base" else tree))

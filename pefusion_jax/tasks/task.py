@@ -72,6 +72,7 @@ class Task:
     label: str | Callable[[Any], Any] = "label"
     predict: Callable[..., Any] | None = None
     _prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _labelled: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def batch(self, examples: Sequence[Any]) -> Batch:
         """The batch of these examples, outside any split: ``[{"text": ..., "label": 0}, ...]``; all weights are 1."""
@@ -92,26 +93,37 @@ class Task:
             )
         return examples
 
-    def arrays(self, name: str) -> tuple[dict[str, np.ndarray] | None, np.ndarray]:
-        """Inputs of a whole split at full width (``None`` if the encoder works by batch) and its labels; made once."""
+    def inputs(self, name: str) -> dict[str, np.ndarray] | None:
+        """Inputs of a whole split at full width, made once; ``None`` if the encoder works by batch."""
         if name not in self._prepared:
             examples = self.split(name)
             self._check(examples, name)
-            labels = self._labels(examples, name)
             padded = getattr(self.encode, "padded", None)
-            self._prepared[name] = (None if padded is None else padded(examples), labels)
+            self._prepared[name] = None if padded is None else padded(examples)
         return self._prepared[name]
 
-    def rows(self, name: str, index: np.ndarray, weights: np.ndarray) -> Batch:
-        """The batch of the examples at these places of a split."""
-        inputs, labels = self.arrays(name)
+    def arrays(self, name: str) -> tuple[dict[str, np.ndarray] | None, np.ndarray]:
+        """The inputs of a whole split, see :meth:`inputs`, and its labels; made once."""
+        inputs = self.inputs(name)
+        if name not in self._labelled:
+            self._labelled[name] = self._labels(self.split(name), name)
+        return inputs, self._labelled[name]
+
+    def rows(self, name: str, index: np.ndarray, weights: np.ndarray, *, labels: bool = True) -> Batch:
+        """The batch of the examples at these places of a split.
+
+        Without ``labels`` it has none, and they may be missing or hidden, but for an encoder that writes them into the inputs,
+        as that of ``text_to_text`` does.
+        """
+        of_split = self.arrays(name)[1] if labels else None
+        inputs = self.inputs(name)
         if inputs is None:
             examples = self.split(name)
             inputs = self.encode([examples[int(i)] for i in index])
         else:
             trim = self.encode.trim  # type: ignore[attr-defined]
             inputs = trim({key: value[index] for key, value in inputs.items()})
-        return _batch(inputs, labels[index], weights)
+        return {"inputs": inputs, "weights": weights} if of_split is None else _batch(inputs, of_split[index], weights)
 
     def _where(self, examples: Sequence[Any], name: str, row: int) -> str:
         where = getattr(examples, "where", None)
@@ -168,7 +180,7 @@ def _batch(inputs: dict[str, np.ndarray], labels: np.ndarray, weights: np.ndarra
     return {"inputs": inputs, "labels": labels, "weights": weights}
 
 
-def train_batch(task: Task, step: int, batch_size: int, seed: int) -> Batch:
+def train_batch(task: Task, step: int, batch_size: int, seed: int, *, labels: bool = True) -> Batch:
     r"""The training batch of a step: a pure function of its arguments, so a resumed run sees the same batches.
 
     .. math:: \mathrm{batch}_k = \{x_{\pi_e(j)} : eN + j \in [kB, (k+1)B)\}
@@ -181,6 +193,7 @@ def train_batch(task: Task, step: int, batch_size: int, seed: int) -> Batch:
       step: number of the update, from 0.
       batch_size: number of rows over all devices.
       seed: of the permutations.
+      labels: whether the batch has them, see :meth:`Task.rows`.
 
     Raises:
       ValueError: for an empty training split, a bad row (with its place), or a bad argument.
@@ -188,7 +201,7 @@ def train_batch(task: Task, step: int, batch_size: int, seed: int) -> Batch:
     if step < 0 or batch_size < 1 or seed < 0:
         raise ValueError(f"step={step} and seed={seed} must be 0 or more, batch_size={batch_size} must be 1 or more")
     index = stream(len(task.split("train")), step * batch_size, batch_size, seed)
-    return task.rows("train", index, np.ones(batch_size, np.float32))
+    return task.rows("train", index, np.ones(batch_size, np.float32), **_unless(labels))
 
 
 def stream(examples: int, start: int, count: int, seed: int) -> np.ndarray:
@@ -209,7 +222,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=np.asarray(words, np.uint64)).random_raw(size), kind="stable")
 
 
-def eval_batches(task: Task, split: str, batch_size: int, *, adapted: Any = None) -> Iterator[Batch]:
+def eval_batches(task: Task, split: str, batch_size: int, *, adapted: Any = None, labels: bool = True) -> Iterator[Batch]:
     """The batches of a split in its order; the last one is filled up with copies of its last row, of weight 0.
 
     Args:
@@ -218,6 +231,7 @@ def eval_batches(task: Task, split: str, batch_size: int, *, adapted: Any = None
       batch_size: number of rows of every batch.
       adapted: the model whose ``apply`` will take the inputs: one that makes a difference between tasks gets the task's number
         with them, see :func:`inputs_for`.
+      labels: whether the batches have them, see :meth:`Task.rows`.
 
     Raises:
       ValueError: for an empty split, a bad row (with its place), a bad argument, or a task that the model does not know.
@@ -226,13 +240,18 @@ def eval_batches(task: Task, split: str, batch_size: int, *, adapted: Any = None
         raise ValueError(f"batch_size={batch_size} must be 1 or more")
     examples = len(task.split(split))  # now, not at the first next(): errors belong to this call
     task_number(adapted, task)
-    return _in_order(task, split, batch_size, examples, adapted)
+    return _in_order(task, split, batch_size, examples, adapted, _unless(labels))
 
 
-def _in_order(task: Task, split: str, batch_size: int, examples: int, adapted: Any) -> Iterator[Batch]:
+def _unless(labels: bool) -> dict[str, Any]:
+    """Options of ``rows``; none where there are labels, since that of a task of one's own may know no others."""
+    return {} if labels else {"labels": False}
+
+
+def _in_order(task: Task, split: str, batch_size: int, examples: int, adapted: Any, options: dict[str, Any]) -> Iterator[Batch]:
     for start in range(0, examples, batch_size):
         place = np.arange(start, start + batch_size)
-        batch = task.rows(split, np.minimum(place, examples - 1), (place < examples).astype(np.float32))
+        batch = task.rows(split, np.minimum(place, examples - 1), (place < examples).astype(np.float32), **options)
         yield {**batch, "inputs": inputs_for(adapted, task, batch["inputs"])}
 
 

@@ -127,7 +127,7 @@ def finetune(
         head=task.head,
         loss=loss,
         score=lambda params, tree, here: {"validation": score(adapted, params, tree, task, batch_size, here)},
-        belongs=lambda: {"task": describe_task(task)},
+        belongs=lambda: {"task": describe_task(task, bool(validate_every))},
         config={"label_smoothing": float(label_smoothing)} if label_smoothing else {},
     )
     return run(adapted, params, settings, plan)

@@ -132,7 +132,10 @@ def finetune_together(
         head=Head(heads, of[0].head.features, of[0].head.logits),
         loss=losses,
         score=scores,
-        belongs=lambda: {"tasks": list(names), **{f"task {task.name!r}": describe_task(task) for task in of}},
+        belongs=lambda: {
+            "tasks": list(names),
+            **{f"task {task.name!r}": describe_task(task, bool(validate_every)) for task in of},
+        },
         config={
             "groups": groups,
             "temperature": str(float(temperature)),  # infinity is no JSON

@@ -232,17 +232,29 @@ def run(adapted: Any, params: Any, settings: Settings, plan: Plan) -> dict[str, 
     return trees.merge(jax.tree.map(jnp.asarray, final), held)
 
 
-def describe_task(task: Any) -> dict[str, Any]:
-    """What of a task a state belongs to; a task of one's own may have no ``arrays``."""
+def describe_task(task: Any, validates: bool) -> dict[str, Any]:
+    """What of a task a state belongs to, with its validation split if that decides what is kept."""
     return {
         "name": task.name,
         "classes": len(task.classes),
-        "training examples": len(task.train),
-        **({"training labels": fingerprint({"": task.arrays("train")[1]})} if hasattr(task, "arrays") else {}),
+        **_describe_split(task, "train", "training"),
+        **(_describe_split(task, "validation", "validation") if validates else {}),
         "head": fingerprint(trees.paths(task.head.params)),
         **{name: written(getattr(task.head, name)) for name in ("features", "logits")},
         **{name: written(getattr(task, name, None)) for name in ("loss", "metric")},
     }
+
+
+def _describe_split(task: Any, split: str, called: str) -> dict[str, Any]:
+    """Size, labels and a few of the inputs, as reading all would take long; a task of one's own may have no ``arrays``."""
+    size = len(getattr(task, split))
+    found: dict[str, Any] = {f"{called} examples": size}
+    if hasattr(task, "arrays"):
+        few = np.unique(np.linspace(0, size - 1, min(size, 8)).astype(np.int64))
+        inputs = task.rows(split, few, np.ones(len(few), np.float32))["inputs"]
+        found |= {f"{called} labels": fingerprint({"": task.arrays(split)[1]})}
+        found |= {f"{called} inputs": fingerprint(trees.paths(inputs))}
+    return found
 
 
 def written(value: Any) -> str:

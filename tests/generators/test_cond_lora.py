@@ -9,6 +9,7 @@ import pefusion_jax as pf
 from pefusion_jax import trees
 from pefusion_jax.backbones import Bert, BertConfig
 from pefusion_jax.generators import CondLoRA
+from pefusion_jax.generators.layout import layout_of
 
 TARGETS = r".*/(query|value)"
 IDS = jnp.arange(12).reshape(2, 6) % 20
@@ -161,3 +162,10 @@ def test_kernels_that_are_not_adapted_do_not_count(two_shapes):
     made = pf.generate(pf.adapt(model, pf.LoRA(rank=2, targets="Dense_0")), CondLoRA())
     shapes = {path: leaf.shape for path, leaf in trees.paths(made.init(jax.random.key(1), params, x)).items()}
     assert shapes == {"Dense_0/theta_a": (6, 2), "Dense_0/theta_b": (3, 2)}
+
+
+def test_a_scan_of_another_name_is_told_which_names_there_are():
+    params = {"h/query/kernel": jnp.zeros((3, 4, 4))}
+    layout = layout_of(trees.nest(params), lambda path: True)
+    with pytest.raises(ValueError, match=r"shapes \[\(3, 4, 4\)\]; .*told by the name of the scan, 'block', 'layer', 'layers'"):
+        CondLoRA().init(jax.random.key(0), {"h/query/lora_a": jnp.zeros((3, 4, 2))}, params, layout)

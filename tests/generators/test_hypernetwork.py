@@ -11,6 +11,7 @@ import pytest
 import pefusion_jax as pf
 from pefusion_jax import generators, trees
 from pefusion_jax.backbones import T5, Bert, BertConfig, T5Config
+from pefusion_jax.generators.layout import layout_of
 
 TASKS = ("rte", "mrpc", "cola")
 IDS = jnp.arange(24).reshape(4, 6) % 20
@@ -189,6 +190,12 @@ def test_errors_say_what_does_not_fit(bert, trained):
         generators.pha(("alone",), features=8)
     with pytest.raises(ValueError, match="needs features="):
         generators.pha(TASKS, features=0)
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"weight={weight} must be a finite number, 0"):
+            generators.pha(TASKS, features=8, weight=weight)
+    for make in (generators.task_embeddings, generators.hyperformer, generators.hyperformer_plus_plus):
+        with pytest.raises(ValueError, match=r"tasks='rte' is one name, whose letters .*pass tasks=\('rte',\)"):
+            make("rte")
     with pytest.raises(ValueError, match="there is no task 'mrcp'.*the generator has 0 rte, 1 mrpc, 2 cola"):
         made.materialise(params, tree, "mrcp")
     with pytest.raises(ValueError, match=r"must be numbers from 0 to 2: 0 rte, 1 mrpc, 2 cola"):
@@ -214,6 +221,9 @@ def test_errors_say_what_does_not_fit(bert, trained):
     told = pf.generate(adapted, generators.pha(TASKS, features=8))
     with pytest.raises(ValueError, match="would tell the retriever the task.*instances='base'"):
         told.init(jax.random.key(0), params, IDS)
+    wider = pf.generate(adapted, generators.pha(TASKS, features=9, instances="base"))
+    with pytest.raises(ValueError, match="are 8 wide, the retriever's features=9; make the generator with features=8"):
+        wider.init(jax.random.key(0), params, IDS)
     with pytest.raises(ValueError, match="matches no adapter leaf"):
         pf.generate(adapted, generators.pha(TASKS, features=8, learned=r"decoder/.*")).init(jax.random.key(0), params, IDS)
     with pytest.raises(ValueError, match="matches every adapter leaf"):
@@ -232,3 +242,28 @@ def test_numbered_modules_of_different_shapes_are_no_layers(two_shapes):
         "Dense_1/lora_a": (6, 2),
         "Dense_1/lora_b": (2, 4),
     }
+
+
+@pytest.mark.parametrize(
+    ("generator", "kinds"),
+    [
+        (generators.task_embeddings(TASKS), 1),
+        (generators.task_embeddings(TASKS, places=True), 3),
+        (generators.hyperformer(TASKS), 4),
+        (generators.hyperdecoder(4), 1),
+    ],
+    ids=["embeddings", "places", "by_layer", "hyperdecoder"],
+)
+def test_kinds_go_by_depth_only_where_layers_are_shared_and_a_module_may_be_called_heads(generator, kinds):
+    sites = ("short/layer/0/q", "long/layer/0/q", "long/layer/1/q", "decoder/heads/q", "heads/lora_a/q")
+    layout = layout_of(trees.nest({f"{site}/kernel": np.zeros((4, 4)) for site in sites}), lambda path: True)
+    shapes = {f"{site}/{leaf}": shape for site in sites for leaf, shape in (("lora_a", (4, 1)), ("lora_b", (1, 4)))}
+    adapters = {path: jnp.zeros(shape) for path, shape in shapes.items()}
+
+    def both(key):
+        tree = generator.init(key, adapters, {}, layout)
+        return tree, generator.make(tree, {}, layout, jnp.int32(0) if generator.tasks else (None, jnp.ones(4)))
+
+    tree, made = jax.eval_shape(both, jax.random.key(0))
+    assert len(tree["kinds"]) == kinds
+    assert {path: leaf.shape for path, leaf in made.items()} == shapes

@@ -317,6 +317,18 @@ def test_errors_say_what_to_do(params):
         jax.eval_shape(lambda key: narrow.init(key, params, **INPUTS), jax.random.key(0))
     with pytest.raises(ValueError, match="features=0 must be 1 or more"):
         generators.hyperdecoder(0)
+    with pytest.raises(ValueError, match="gives an array, without last_hidden_state or encoder_last_hidden_state"):
+        generators.instance_features(jnp.ones((2, 8)), {})
+
+
+def test_linearized_models_make_the_adapters_of_inputs(params):
+    made, tree = model("hyperdecoder"), point_of("hyperdecoder", params)
+    linear = pf.linearize(made, tree)
+    found, expected = (
+        of.materialise(params, at, None, INPUTS) for of, at in ((linear, linear.init(None, params)), (made, tree))
+    )
+    for path, leaf in trees.paths(expected).items():
+        np.testing.assert_array_equal(trees.paths(found)[path], leaf)
 
 
 def test_errors_of_attempt_say_what_to_do(params):
@@ -348,6 +360,13 @@ def test_errors_of_attempt_say_what_to_do(params):
         generators.Attempt(sources=())
     with pytest.raises(ValueError, match="temperature=0.0 must be above 0"):
         generators.Attempt(sources=("a",), temperature=0.0)
+    for names in ({"sources": "abc"}, {"sources": ("a",), "tasks": "rte"}):
+        with pytest.raises(ValueError, match="is one name, whose letters"):
+            generators.Attempt(**names)
     lookup = made.origin.generator.observe
     with pytest.raises(ValueError, match="'word_embeddings/embedding'; the inputs have 'pixel_values', and the base"):
         lookup(tree, {}, {"pixel_values": IDS}, None)
+    table = {"word_embeddings/embedding": jnp.ones((20, 8))}
+    with pytest.raises(ValueError, match=r"looks up 'input_ids' .*the inputs have 'tokens', and .*Attempt\(ids=...\)"):
+        lookup(tree, table, {"tokens": IDS}, None)
+    assert generators.Attempt(sources=("a",), ids="tokens").observe(tree, table, {"tokens": IDS}, None).shape == (4, 8)

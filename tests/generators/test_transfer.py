@@ -10,6 +10,7 @@ import pytest
 import pefusion_jax as pf
 from pefusion_jax import generators, trees
 from pefusion_jax.backbones import Bert, BertConfig
+from pefusion_jax.generators import contrastive
 
 TASKS = ("low", "high")
 CONFIG = BertConfig(
@@ -42,6 +43,22 @@ def trained():
         made, params, [LOW, HIGH], steps=60, batch_size=8, learning_rate=2e-2, devices=jax.devices()[:1], progress=False
     )
     return made, params, tree
+
+
+def test_instances_can_be_told_by_their_words():
+    model = Bert(CONFIG)
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 5), jnp.int32))["params"]
+    made = pf.generate(pf.adapt(model, pf.parallel(bottleneck=2)), generators.pha(TASKS, features=8, instances="words"))
+    how = {"steps": 60, "batch_size": 8, "learning_rate": 2e-2, "devices": jax.devices()[:1], "progress": False}
+    tree = pf.finetune_together(made, params, [LOW, HIGH], **how)
+    table = generators.retrieval_table(made, params, tree, [LOW, HIGH])
+    assert table["low"]["low"] == 1.0 and table["high"]["high"] == 1.0
+    ids, mask = np.asarray([[3, 1, 0], [2, 2, 2]]), np.asarray([[1, 1, 0], [0, 0, 0]])
+    embedding = params["embeddings"]["word_embeddings"]["embedding"]
+    found = contrastive.word_features(trees.flat(params), {"input_ids": ids, "attention_mask": mask})
+    np.testing.assert_allclose(found, [(embedding[3] + embedding[1]) / 2, np.zeros(8)], rtol=1e-6)
+    with pytest.raises(ValueError, match="looks the input_ids up.*the inputs have 'x', the base parameters 1 such"):
+        contrastive.word_features(trees.flat(params), {"x": ids})
 
 
 def test_trained_prototypes_are_found(trained):
@@ -81,8 +98,20 @@ def test_a_new_task_starts_from_what_it_is_like_and_its_prototype_alone_can_be_t
     np.testing.assert_array_equal(after["tasks"][:2], more["tasks"][:2])
 
 
+def test_labels_are_not_looked_at(trained):
+    made, params, tree = trained
+    expected = generators.retrieve(made, params, tree, LIKE_HIGH).cosines
+    hidden = dataclasses.replace(LIKE_HIGH, train=[{**row, "label": -1} for row in LIKE_HIGH.train])
+    missing = dataclasses.replace(LIKE_HIGH, train=[{"ids": row["ids"]} for row in LIKE_HIGH.train])
+    for unlabelled in (hidden, missing):
+        np.testing.assert_array_equal(generators.retrieve(made, params, tree, unlabelled).cosines, expected)
+
+
 def test_errors_say_what_to_pass(trained):
     made, params, tree = trained
+    for most in (0, -1):
+        with pytest.raises(ValueError, match=f"most={most} instances; look at one or more"):
+            generators.retrieve(made, params, tree, LOW, most=most)
     with pytest.raises(ValueError, match="knows a task 'low' already"):
         generators.add_task(made, tree, "low", "high")
     with pytest.raises(ValueError, match="not one of the known tasks low, high"):

@@ -125,3 +125,21 @@ def test_bad_rows_and_empty_splits_are_explained():
             train_batch(make(), step, size, seed)
     with pytest.raises(ValueError, match="batch_size=0"):
         eval_batches(make(), "train", 0)
+
+
+def test_inputs_alone_need_no_labels():
+    labelled, hidden = make(), dataclasses.replace(make(), train=[{"text": row["text"]} for row in texts(10)])
+    trained, read = (
+        [batch(task) for task in (labelled, hidden)]
+        for batch in (
+            lambda task: train_batch(task, 0, 4, 1, labels=False),
+            lambda task: next(eval_batches(task, "train", 4, labels=False)),
+        )
+    )
+    for one, two in (trained, read):
+        assert set(one) == set(two) == {"inputs", "weights"}
+        for name, value in one["inputs"].items():
+            np.testing.assert_array_equal(two["inputs"][name], value)
+    np.testing.assert_array_equal(train_batch(labelled, 0, 4, 1)["inputs"]["input_ids"], trained[0]["inputs"]["input_ids"])
+    with pytest.raises(ValueError, match="no field 'label'"):
+        train_batch(hidden, 0, 4, 1)

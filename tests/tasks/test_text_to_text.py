@@ -259,6 +259,9 @@ def test_rows_with_adapters_of_their_own_are_written_with_them(model, name):
         own = jax.tree.map(lambda leaf, row=row: leaf[row], rows_of)
         alone = text.predict("adapters", inner, params, own, {k: v[row : row + 1] for k, v in inputs.items()})
         assert alone.tolist() == [found[row]]
+    if name == "hyperdecoder":  # a change of the weights is the same for all rows
+        unchanged = text.predict("base", made, params, None, inputs)
+        assert text.predict("delta", made, params, pf.deltas.Delta({}), inputs).tolist() == unchanged.tolist()
 
 
 def test_features_of_a_linearized_model_add_up(model):

@@ -123,9 +123,9 @@ def test_sigterm_saves_and_the_same_call_goes_on(tmp_path):
     try:
         handler = signal.getsignal(signal.SIGTERM)
         settings = dict(steps=10, checkpoint_dir=tmp_path, checkpoint_every=100, **BASE)
-        # The first batch is for init.
+        # The first two batches are for init and for what the state belongs to.
         with pytest.raises(Preempted, match="after step 4 of 10; its state is saved"):
-            finetune(adapted, params, dataclasses.replace(task, encode=Signalling(5)), **settings)
+            finetune(adapted, params, dataclasses.replace(task, encode=Signalling(6)), **settings)
         assert signal.getsignal(signal.SIGTERM) is handler
         assert [path.name for path in tmp_path.iterdir()] == ["4"]
         resumed = finetune(adapted, params, task, **settings)

@@ -318,6 +318,23 @@ def test_a_stopped_run_goes_on_to_the_bits_of_one_that_was_not(tmp_path):
         assert line["validation"] == pytest.approx(np.mean([line[f"validation/{name}"] for name in NAMES]))
 
 
+def test_inputs_of_every_task_and_what_chooses_the_best_state_belong_to_a_run(tmp_path):
+    adapted, params = MODEL
+    tasks = make_tasks()
+    settings = dict(steps=1, batch_size=4, groups=1, optimizer=STILL, devices=ONE, validate_every=1, checkpoint_dir=tmp_path)
+    tree = finetune_together(adapted, params, tasks, **settings)
+    assert same(finetune_together(adapted, params, make_tasks(), **settings), tree)
+    assert 0 != mixed_batch(tasks, 0, 4, 0, groups=1)["inputs"]["task"][0], "the first batch has nothing of the task"
+    one = tasks[0]
+    for split, rows, what in (
+        ("train", [{**row, "x": row["x"] + 1} for row in one.train], "training inputs"),
+        ("validation", one.validation[1:], "validation examples"),
+        ("validation", [{**row, "label": (row["label"] + 1) % 3} for row in one.validation], "validation labels"),
+    ):
+        with pytest.raises(ValueError, match=f"task 'one': {what} is .* there and .* now"):
+            finetune_together(adapted, params, [dataclasses.replace(one, **{split: rows}), *tasks[1:]], **settings)
+
+
 def test_numbers_of_tasks_belong_to_a_run(tmp_path):
     """The order of a generator's tasks says what the rows of its tree are."""
     task, params = make_tasks()[1], MADE[1]
