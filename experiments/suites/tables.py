@@ -13,12 +13,17 @@ from experiments.suites.kinds import KINDS
 from experiments.suites.methods import METHODS
 from pefusion_jax.evaluation import plot_ranking
 
+LOWEST = 0.15
 COLUMNS = ("kind", "method", "data", "seeds", "mean", "mean sd", "normalized", "normalized sd", "worst", "of LoRA")
 
 
 def summarize(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line for each kind and method; normalized by the single-task models of the same kind and seed, task by task."""
+    """One line for each kind and method; normalized by the single-task models of the same kind and seed, task by task.
+
+    Ratios leave out tasks that a single-task model of any seed does not reach ``LOWEST`` on: next to 0 they say nothing.
+    """
     own = {(r["kind"], r["seed"]): r["scores"] for r in rows.values() if r.get("method") == "single-task models"}
+    low = {(kind, task) for (kind, _), scores in own.items() for task, score in scores.items() if score < LOWEST}
     groups: dict[tuple[str, str], list[Any]] = {}
     for row in rows.values():
         if "scores" in row:
@@ -31,11 +36,13 @@ def summarize(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
             seeds = [row["seed"]] if row["seed"] is not None else sorted({seed for _, seed in own})
             for seed in seeds:
                 if (kind, seed) in own:
-                    ratios = [row["scores"][task] / own[kind, seed][task] for task in row["scores"]]
+                    kept = [task for task in row["scores"] if (kind, task) not in low]
+                    ratios = [row["scores"][task] / own[kind, seed][task] for task in kept]
                     relative.append(float(np.mean(ratios)))
                     worst.append(min(ratios))
                 if ("lora", seed) in own:
-                    of_lora.append(float(np.mean([row["scores"][t] / own["lora", seed][t] for t in row["scores"]])))
+                    kept = [task for task in row["scores"] if ("lora", task) not in low]
+                    of_lora.append(float(np.mean([row["scores"][task] / own["lora", seed][task] for task in kept])))
         lines.append(
             {
                 "kind": KINDS[kind].title if kind in KINDS else kind,
