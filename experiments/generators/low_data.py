@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -127,7 +128,7 @@ def main(settings: Settings) -> None:
                 rate = rows[rate_of(name)]["rate"]
                 tuned = tune(approach, adapted, params, tasks, rate=rate, seed=seed, start=start, **how(approach))
                 scores = tuned.scores(params, tasks, "test")
-                more = retrieval(tuned, params, tasks, f"{count}_{seed}", settings.out)
+                more = retrieval(tuned, params, tasks, f"{_slug(name)}_{count}_{seed}", settings.out)
                 trained = tuned.trained + before
                 rows.put(key, approach=name, examples=count, seed=seed, trained=trained, **more, **scores.to_dict())
                 say(f"{name}, {count} examples, seed {seed}: {scores.mean:.3f}")
@@ -162,6 +163,10 @@ def tasks_of(settings: Settings, model: Any, params: Any) -> Callable[[int, int]
         ]
 
     return draw
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "_", name.lower())
 
 
 def retrieval(tuned: Tuned, params: Any, tasks: Any, name: str, out: Path) -> dict[str, Any]:
