@@ -31,7 +31,7 @@ from experiments.rates import best_rate
 from experiments.rows import Rows, clock, markdown, write_tables
 from experiments.suites import data
 from pefusion_jax import generators
-from pefusion_jax.evaluation import plot_curves, plot_matrix
+from pefusion_jax.evaluation import plot_curves, plot_matrix, plot_ranking
 from pefusion_jax.tasks.task import stream
 
 
@@ -206,7 +206,12 @@ def write(found: Mapping[str, Any], out: Path) -> None:
     curves: dict[str, dict[float, tuple[float, float]]] = {}
     for name, count, *_, mean, spread, _, _ in lines:
         curves.setdefault(name, {})[count] = (float(mean), float(spread or 0))
-    plot_curves(curves, out / "low_data.png", x="training examples of each task", y="mean score", log_x=True)
+    counts = sorted({line[1] for line in lines})
+    if len(counts) > 1:
+        plot_curves(curves, out / "low_data.png", x="training examples of each task", y="mean score", log_x=True)
+    elif counts:
+        only = {name: curve[counts[0]] for name, curve in curves.items()}
+        plot_ranking({f"{counts[0]} training examples of each task": only}, out / "low_data.png", x="mean score", lines={})
 
 
 if __name__ == "__main__":
