@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import os
 import random
@@ -79,16 +78,17 @@ def test_unfinished_state_is_not_taken_for_a_state(tmp_path):
     assert checkpoint.restore_latest(tmp_path, example_state(), {})[0] == 5
 
 
-# Orbax gives up on damaged data with its other reads still under way, and these complain when they are collected.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# One leaf only: Orbax gives up on damaged data with its other reads still under way, and their complaint, from a thread of
+# its own at any later moment, would fail another test.
 def test_damaged_state_is_an_error_that_says_what_to_do(tmp_path):
-    checkpoint.save(tmp_path, 5, example_state(5), {})
-    for path in (tmp_path / "5").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            path.write_bytes(b"garbage")
+    state = {"only": np.arange(6, dtype=np.float32)}
+    checkpoint.save(tmp_path, 5, state, {})
+    damaged = [path for path in (tmp_path / "5").rglob("*") if path.is_file() and path.parent.name == "d"]
+    assert damaged
+    for path in damaged:
+        path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match=r"5 cannot be read: .*remove .*, pass resume=False"):
-        checkpoint.restore_latest(tmp_path, example_state(), {})
-    gc.collect()
+        checkpoint.restore_latest(tmp_path, state, {})
 
 
 def test_state_of_another_run_is_refused_and_says_what_differs(tmp_path):
