@@ -14,15 +14,21 @@ from pefusion_jax.tasks.metrics import cross_entropy, smoothed_cross_entropy, sm
 
 
 class TaskLoss(NamedTuple):
-    """A task's loss as a part of a compiled program.
+    """A task's head and loss as a part of a compiled program.
 
     Attributes:
       function: ``(logits, labels) -> [batch]``.
       regression: whether its labels are float32; else int32.
+      logits: of the head.
+      stack: which of the stacks of :func:`stacked_heads` holds the head's parameters.
+      place: where in that stack.
     """
 
     function: Callable[..., jax.Array]
     regression: bool
+    logits: Callable[..., jax.Array]
+    stack: int
+    place: int
 
 
 def loss_of(task: Any, label_smoothing: float) -> Callable[..., jax.Array]:
@@ -50,36 +56,36 @@ def smooths(task: Any) -> bool:
     return bool(task.classes) or task.loss is token_cross_entropy
 
 
-def stacked_heads(tasks: Sequence[Any]) -> Any:
-    """The parameters of the tasks' heads, with the tasks in front.
+def stacked_heads(tasks: Sequence[Any], label_smoothing: float = 0.0) -> tuple[tuple[TaskLoss, ...], list[Any]]:
+    """Heads side by side: those with one ``logits`` function and parameters of the same shapes are one stack.
+
+    Args:
+      tasks: the tasks. Every stack's logits are computed for all rows of a batch, so that few stacks are fast.
+      label_smoothing: see :func:`loss_of`; regressions go without.
+
+    Returns:
+      What a program has to know of each task, and the parameters of each stack, with its tasks in front.
 
     Raises:
-      ValueError: if the heads do not have the same functions, leaves and shapes, naming two tasks.
+      ValueError: if the heads have different ``features``, naming two tasks, or as :func:`loss_of`.
     """
     first = tasks[0]
-    ours = trees.flat(first.head.params)
-    for task in tasks[1:]:
-        for name in ("features", "logits"):
-            one, two = getattr(first.head, name), getattr(task.head, name)
-            if one is not two:
-                raise ValueError(
-                    f"the heads of {first.name!r} and {task.name!r} have different {name} functions, {_name(one)} and "
-                    f"{_name(two)}; give all tasks heads of one kind, or train them apart"
-                )
-        theirs = trees.flat(task.head.params)
-        if ours.keys() != theirs.keys():
+    stacks: dict[Any, list[Any]] = {}
+    table = []
+    for task in tasks:
+        one, two = first.head.features, task.head.features
+        if one is not two:
             raise ValueError(
-                f"the heads of {first.name!r} and {task.name!r} have different parameters, {', '.join(sorted(ours))} and "
-                f"{', '.join(sorted(theirs))}; give all tasks heads of one kind, or train them apart"
+                f"the heads of {first.name!r} and {task.name!r} have different features functions, {_name(one)} and "
+                f"{_name(two)}; give all tasks heads with the same, or train them apart"
             )
-        for path, leaf in ours.items():
-            one, two = (f"{np.asarray(x).dtype}{list(np.shape(x))}" for x in (leaf, theirs[path]))
-            if one != two:
-                raise ValueError(
-                    f"the heads of {first.name!r} and {task.name!r} have different shapes: {path!r} is {one} and {two}. Pad "
-                    "the classes of all tasks to one number: make their heads with one pad_to=, as large as the most classes"
-                )
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(task.head.params for task in tasks))
+        shapes = tuple((path, np.shape(leaf), np.asarray(leaf).dtype) for path, leaf in trees.flat(task.head.params).items())
+        kind = (task.head.logits, shapes)
+        own = stacks.setdefault(kind, [])
+        loss = loss_of(task, label_smoothing)
+        table.append(TaskLoss(loss, not task.classes, task.head.logits, list(stacks).index(kind), len(own)))
+        own.append(task.head.params)
+    return tuple(table), [jax.tree.map(lambda *leaves: jnp.stack(leaves), *own) for own in stacks.values()]
 
 
 def _name(function: Any) -> str:
@@ -97,12 +103,12 @@ def weighted_losses(
     Args:
       adapted: the model.
       features: of the heads.
-      logits: of the heads.
+      logits: of the head; with several tasks each entry of ``loss`` has its own.
       loss: ``(logits, labels) -> [batch]``, or a tuple of :class:`TaskLoss`, one a task, for batches with blocks of several.
 
     Returns:
       ``(params, adapters, head_params, rows, rngs) -> (sum, by_task)``: ``by_task`` is ``()`` for one task, for several
-      :math:`\sum_i w_i \ell_i` of each task, ``[task]``. For several, ``head_params`` is ``{"heads": [task, ...], "numbers":
+      :math:`\sum_i w_i \ell_i` of each task, ``[task]``. For several, ``head_params`` is ``{"stacks": [stack, ...], "numbers":
       [task]}``, the second what the model calls them, and ``rows["inputs"]`` have ``task`` ``[groups]``.
     """
     auxiliary = getattr(adapted, "auxiliary", None)  # a model of one's own may lack it
@@ -119,7 +125,7 @@ def weighted_losses(
         found = features(outputs, inputs)
         weights = rows["weights"].astype(jnp.float32)
         if several:
-            losses = _by_group(logits, loss, head_params["heads"], task, found, rows["labels"])
+            losses = _by_group(loss, head_params["stacks"], task, found, rows["labels"])
         else:
             losses = loss(logits(head_params, found), rows["labels"])
         weighted = losses.astype(jnp.float32) * weights
@@ -134,21 +140,24 @@ def weighted_losses(
     return run
 
 
-def _by_group(
-    logits: Callable[..., Any], table: tuple[TaskLoss, ...], heads: Any, task: Any, features: jax.Array, labels: jax.Array
-) -> jax.Array:
+def _by_group(table: tuple[TaskLoss, ...], stacks: list[Any], task: Any, features: jax.Array, labels: jax.Array) -> jax.Array:
     """Losses ``[rows]`` of blocks of rows, each under its own task's head and loss."""
     groups = task.shape[0]
-    own = jax.tree.map(lambda leaf: leaf[task], heads)
-    # Features of tokens have more axes.
-    scores = jax.vmap(logits)(own, features.reshape(groups, -1, *features.shape[1:]))
-    scores = scores.reshape(features.shape[0], *scores.shape[2:])
-    kinds = list(dict.fromkeys(table))
-    kind = jnp.repeat(jnp.asarray([kinds.index(each) for each in table], jnp.int32)[task], features.shape[0] // groups)
+    blocks = features.reshape(groups, -1, *features.shape[1:])  # features of tokens have more axes
+    scores = []
+    for number, heads in enumerate(stacks):
+        # Blocks of other stacks' tasks get the first head; what it makes of them is not selected below.
+        place = jnp.asarray([each.place if each.stack == number else 0 for each in table], jnp.int32)[task]
+        logits = next(each.logits for each in table if each.stack == number)
+        found = jax.vmap(logits)(jax.tree.map(lambda leaf, place=place: leaf[place], heads), blocks)
+        scores.append(found.reshape(features.shape[0], *found.shape[2:]))
+    kinds = list(dict.fromkeys((each.function, each.regression, each.stack) for each in table))
+    kind = [kinds.index((each.function, each.regression, each.stack)) for each in table]
+    of_row = jnp.repeat(jnp.asarray(kind, jnp.int32)[task], features.shape[0] // groups)
     losses = jnp.zeros(features.shape[0], jnp.float32)
-    for number, (function, regression) in enumerate(kinds):
-        mine = kind == number
+    for number, (function, regression, stack) in enumerate(kinds):
+        mine = of_row == number
         # Rows of other kinds get a label that every loss can take: what is not selected must be finite too, for the gradient.
         given = jnp.where(mine, labels, jnp.zeros_like(labels)).astype(jnp.float32 if regression else jnp.int32)
-        losses = jnp.where(mine, function(scores, given).astype(jnp.float32), losses)
+        losses = jnp.where(mine, function(scores[stack], given).astype(jnp.float32), losses)
     return losses

@@ -13,7 +13,7 @@ import optax
 from pefusion_jax.tasks import Batch, Head, eval_batches
 from pefusion_jax.tasks.mixed import listed_tasks, mixed_batch, require_alike
 from pefusion_jax.tasks.task import task_number
-from pefusion_jax.training.losses import TaskLoss, loss_of, smooths, stacked_heads
+from pefusion_jax.training.losses import smooths, stacked_heads
 from pefusion_jax.training.run import Plan, Settings, describe_task, run, score
 from pefusion_jax.training.step import Schedule
 
@@ -64,8 +64,9 @@ def finetune_together(
       adapted: what ``pf.adapt``, ``pf.generate`` or ``pf.linearize`` returned. Its ``auxiliary`` loss, if it has one, is
         computed by each device and micro-batch on its own blocks, and the mean is added to :math:`L`.
       params: base parameters.
-      tasks: the tasks, or a mapping whose values they are. Their heads have the same functions and shapes: make them with one
-        ``pad_to``. A model with ``tasks`` has to know their names; it may know others.
+      tasks: the tasks, or a mapping whose values they are. Their heads have the same ``features``; heads that are also
+        alike in their logits function and shapes (made with one ``pad_to``) are computed at once, others one kind after
+        another. A model with ``tasks`` has to know the tasks' names; it may know others.
       adapters: see :func:`finetune`, also for the arguments that are not named here.
       steps: number of updates in all.
       batch_size: number of examples of an update over all tasks, devices and micro-batches.
@@ -102,7 +103,7 @@ def finetune_together(
         next(eval_batches(task, "validation", 1))  # now: a split that is missing, or whose labels are hidden
     if label_smoothing and not any(map(smooths, of)):
         raise ValueError(f"label_smoothing={label_smoothing} is for classes, but all tasks are regressions; pass 0")
-    losses = tuple(TaskLoss(loss_of(task, label_smoothing), not task.classes) for task in of)
+    table, stacks = stacked_heads(of, label_smoothing)
     require_alike(of)
     contrasts = getattr(adapted, "auxiliary", None) is not None
     if contrasts and len(of) < 2:
@@ -110,7 +111,7 @@ def finetune_together(
             f"the contrastive losses need instances of two or more tasks in a batch, and there is {names[0]!r} alone: train on "
             "more tasks, or without the losses: dataclasses.replace(generator, weight=0.0)"
         )
-    heads = {"heads": stacked_heads(of), "numbers": np.asarray([n or 0 for n in numbers], np.int32)}
+    heads = {"stacks": stacks, "numbers": np.asarray([n or 0 for n in numbers], np.int32)}
     groups = _groups(groups, settings, contrasts)
     # The blocks that a loss may contrast are those of one part; else batches do not depend on the number of devices.
     parts = settings.parts if contrasts else 1
@@ -130,7 +131,7 @@ def finetune_together(
         batch=batch,
         init_inputs=init_inputs,
         head=Head(heads, of[0].head.features, of[0].head.logits),
-        loss=losses,
+        loss=table,
         score=scores,
         belongs=lambda: {
             "tasks": list(names),

@@ -172,7 +172,7 @@ def make_step(
       adapted: what ``pf.adapt`` returns; its ``apply`` is used.
       optimizer: any optax transformation; it sees the reduced and clipped gradient.
       head_features: ``(outputs, inputs) -> [batch, d]``.
-      head_logits: ``(head_params, [batch, d]) -> [batch, classes]``.
+      head_logits: ``(head_params, [batch, d]) -> [batch, classes]``; with several tasks each entry of ``loss`` has its own.
       loss: ``(logits, labels) -> [batch]``; or one entry a task, see :func:`~pefusion_jax.training.losses.weighted_losses`.
       accumulate: number of micro-batches that a device's rows are worked through in, to save memory.
       clip: largest Euclidean norm of the reduced gradient, ``None`` for no limit.

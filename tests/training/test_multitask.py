@@ -15,9 +15,9 @@ import toy
 import pefusion_jax as pf
 from pefusion_jax import trees
 from pefusion_jax.generators import PerTask
-from pefusion_jax.tasks import Head, cross_entropy, inputs_for, mixed_batch, squared_error, train_batch
+from pefusion_jax.tasks import Head, cross_entropy, inputs_for, linear_logits, mixed_batch, squared_error, train_batch
 from pefusion_jax.training import Preempted, finetune, finetune_together, parallel
-from pefusion_jax.training.losses import TaskLoss
+from pefusion_jax.training.losses import stacked_heads
 from pefusion_jax.training.step import init_state, make_step
 
 EIGHT = jax.devices()[:8]
@@ -135,6 +135,29 @@ def test_devices_and_accumulation_change_nothing():
     assert same(train(devices=EIGHT, mapping="shard_map"), eight)
 
 
+def halved_logits(head_params, x):
+    return x @ head_params["double"] / 2
+
+
+def test_heads_of_other_kinds_and_widths_in_one_batch():
+    adapted, params = MODEL
+    tasks, start = make_tasks(), start_of(*MODEL)
+    kernel = np.asarray(tasks[1].head.params["kernel"])
+    padded = Head(
+        {"kernel": np.pad(kernel, ((0, 0), (0, 29))), "bias": np.where(np.arange(32) < 3, 0, -1e9).astype(np.float32)},
+        toy.features,
+        linear_logits,
+    )
+    doubled = Head({"double": 2 * np.asarray(tasks[2].head.params["kernel"])}, toy.features, halved_logits)
+    mixed = [tasks[0], *(dataclasses.replace(t, head=h) for t, h in zip(tasks[1:], (padded, doubled), strict=True))]
+    assert [(each.stack, each.place) for each in stacked_heads(mixed)[0]] == [(0, 0), (1, 0), (2, 0)]
+    assert [(each.stack, each.place) for each in stacked_heads(mixed + tasks)[0][3:]] == [(0, 1), (0, 2), (0, 3)]
+    settings = dict(adapters=start, steps=3, devices=ONE, **SETTINGS)
+    alike = finetune_together(adapted, params, tasks, **settings)
+    assert relative(alike, start) > 1e-2
+    assert relative(finetune_together(adapted, params, mixed, **settings), alike) < 1e-6
+
+
 def test_adapters_of_a_task_move_by_its_rows_alone():
     adapted, params = MADE
     tasks, start = make_tasks(), start_of(adapted, params)
@@ -250,9 +273,9 @@ def test_statistics_are_those_of_the_tasks_own_adapters():
 def test_one_number_for_each_task_crosses_the_wire_besides(mapping):
     adapted, params = MODEL
     tasks, tree = make_tasks(), start_of(*MODEL)
-    table = tuple(TaskLoss(task.loss, not task.classes) for task in tasks)
+    table, stacks = stacked_heads(tasks)
     step = make_step(adapted, SGD, toy.features, toy.logits, table, accumulate=2)
-    heads = {"heads": trees.stack([task.head.params for task in tasks]), "numbers": np.zeros(3, np.int32)}
+    heads = {"stacks": stacks, "numbers": np.zeros(3, np.int32)}
     arguments = parallel.replicate((init_state(tree, SGD, 0), params, {}, heads), EIGHT)
     batch = parallel.place_batch(mixed_batch(tasks, 0, 32, 0, groups=16), mapping, EIGHT)
     compiled = parallel.map_step(step, mapping, EIGHT).lower(*arguments, batch).compile()
@@ -458,12 +481,8 @@ def test_the_default_number_of_groups(groups, batch, devices, accumulate, contra
     assert _groups(groups, Fixed, contrasts) == expected
 
 
-def renamed_head(task, **params):
-    return dataclasses.replace(task, head=task.head._replace(params=params))
-
-
-def other_logits(head_params, x):
-    return toy.logits(head_params, x)
+def other_features(outputs, inputs):
+    return toy.features(outputs, inputs)
 
 
 @pytest.mark.parametrize(
@@ -483,15 +502,9 @@ def other_logits(head_params, x):
         ),
         (lambda t: [t[2]], {"label_smoothing": 0.1}, "all tasks are regressions"),
         (
-            lambda t: [t[0], renamed_head(t[1], kernel=np.zeros((4, 32), np.float32))],
+            lambda t: [t[0], dataclasses.replace(t[1], head=t[1].head._replace(features=other_features))],
             {},
-            r"heads of 'one' and 'two' have different shapes: 'kernel' is float32\[4, 3\] and float32\[4, 32\].*one pad_to=",
-        ),
-        (lambda t: [t[0], renamed_head(t[1], w=np.zeros((4, 3)))], {}, "have different parameters, kernel and w"),
-        (
-            lambda t: [t[0], dataclasses.replace(t[1], head=Head(t[1].head.params, toy.features, other_logits))],
-            {},
-            "different logits functions, logits and other_logits",
+            "different features functions, features and other_features",
         ),
         (
             lambda t: [t[0], dataclasses.replace(t[1], encode=lambda rows: {"y": np.stack([row["x"] for row in rows])})],
